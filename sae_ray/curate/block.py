@@ -1,0 +1,224 @@
+"""IndexBlock: pooled latents of some conversations, in memory and as a Parquet table.
+
+Kept for each conversation and segment (prompt, response) are the mean hidden state and, for every
+latent active anywhere in it, mean, maximum and count over the segment's content tokens. Max, mean,
+sum, count and binary pooling of a segment or of the whole conversation follow without the model.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Literal, Self
+
+import numpy as np
+import pyarrow as pa
+from jaxtyping import Bool, Float32, Int32, Int64
+from scipy import sparse
+
+SEGMENTS = ("prompt", "response")
+Segment = Literal["all", "prompt", "response"]
+Pooling = Literal["mean", "sum", "max", "count", "binary"]
+
+_HALF_MAX = float(np.finfo(np.float16).max)
+
+
+@dataclasses.dataclass(frozen=True)
+class IndexBlock:
+    """Some rows of an index, in pool order. Segment axes are (prompt, response)."""
+
+    rows: Int64[np.ndarray, " n"]
+    """Row numbers in the pool."""
+    ids: list[str]
+    n_tokens: Int32[np.ndarray, "n 2"]
+    """Content tokens of each segment."""
+    truncated: Bool[np.ndarray, " n"]
+    """True where tokens past the limit were left out."""
+    hidden: Float32[np.ndarray, "n 2 d_in"]
+    """Mean hidden state at the hook point; zeros for an empty segment."""
+    l1: Float32[np.ndarray, "n 2"]
+    """Mean over tokens of the sum of all latents, those not kept included."""
+    indptr: Int64[np.ndarray, " n_plus_1"]
+    latents: Int32[np.ndarray, " nnz"]
+    """Latents kept, ascending within a row."""
+    means: Float32[np.ndarray, "nnz 2"]
+    maxes: Float32[np.ndarray, "nnz 2"] | None
+    counts: Int32[np.ndarray, "nnz 2"] | None
+    """Maxima and counts are None where a reader asked for means only."""
+    d_sae: int
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def pooled(self, how: Pooling = "mean", segment: Segment = "all") -> sparse.csr_array:
+        """Return pooled latents as a sparse float32 array [n, d_sae]."""
+        values = self._values(how, segment)
+        return sparse.csr_array(
+            (values.astype(np.float32, copy=False), self.latents, self.indptr),
+            shape=(len(self), self.d_sae),
+        )
+
+    def _values(self, how: Pooling, segment: Segment) -> np.ndarray:
+        one = None if segment == "all" else SEGMENTS.index(segment)
+        if how in ("mean", "sum"):
+            return self._means(one) if how == "mean" else self._means(one) * self._per_entry(
+                self.n_tokens.sum(1) if one is None else self.n_tokens[:, one]
+            )
+        assert self.maxes is not None and self.counts is not None, "read with means only"
+        if how == "max":
+            return self.maxes.max(1) if one is None else self.maxes[:, one]
+        counts = self.counts.sum(1) if one is None else self.counts[:, one]
+        return counts if how == "count" else counts > 0
+
+    def _means(self, one: int | None) -> np.ndarray:
+        if one is not None:
+            return self.means[:, one]
+        share = self._shares().astype(np.float32)
+        return self.means[:, 0] * self._per_entry(share[:, 0]) + self.means[:, 1] * self._per_entry(
+            share[:, 1]
+        )
+
+    def _shares(self) -> np.ndarray:
+        """Share of each segment in a conversation's content tokens."""
+        return self.n_tokens / np.maximum(self.n_tokens.sum(1, keepdims=True), 1)
+
+    def _per_entry(self, per_row: np.ndarray) -> np.ndarray:
+        return np.repeat(per_row.astype(np.float32, copy=False), np.diff(self.indptr))
+
+    def hidden_mean(self, segment: Segment = "all") -> Float32[np.ndarray, "n d_in"]:
+        """Return the mean hidden state over the content tokens of a segment, or of all."""
+        if segment != "all":
+            return self.hidden[:, SEGMENTS.index(segment)]
+        share = self._shares().astype(np.float32)
+        return np.einsum("ns,nsd->nd", share, self.hidden)
+
+    def take(self, which: Sequence[int] | np.ndarray) -> Self:
+        """Return the rows at these positions, in the order given."""
+        positions = np.asarray(which, dtype=np.int64)
+        sizes = np.diff(self.indptr)[positions]
+        starts = self.indptr[:-1][positions]
+        indptr = np.concatenate([[0], np.cumsum(sizes)])
+        entries = np.repeat(starts - indptr[:-1], sizes) + np.arange(indptr[-1])
+        return dataclasses.replace(
+            self,
+            rows=self.rows[positions],
+            ids=[self.ids[i] for i in positions],
+            n_tokens=self.n_tokens[positions],
+            truncated=self.truncated[positions],
+            hidden=self.hidden[positions],
+            l1=self.l1[positions],
+            indptr=indptr,
+            latents=self.latents[entries],
+            means=self.means[entries],
+            maxes=None if self.maxes is None else self.maxes[entries],
+            counts=None if self.counts is None else self.counts[entries],
+        )
+
+    @staticmethod
+    def concatenate(blocks: Sequence["IndexBlock"]) -> "IndexBlock":
+        """Lay blocks end to end."""
+        offsets = np.cumsum([0, *(block.indptr[-1] for block in blocks)])
+        joined = {
+            field: np.concatenate([getattr(block, field) for block in blocks])
+            for field in ("rows", "n_tokens", "truncated", "hidden", "l1", "latents", "means")
+        }
+        whole = all(block.maxes is not None and block.counts is not None for block in blocks)
+        return IndexBlock(
+            ids=[one for block in blocks for one in block.ids],
+            indptr=np.concatenate(
+                [[0], *(b.indptr[1:] + at for b, at in zip(blocks, offsets, strict=False))]
+            ).astype(np.int64),
+            maxes=np.concatenate([b.maxes for b in blocks if b.maxes is not None]) if whole else None,
+            counts=np.concatenate([b.counts for b in blocks if b.counts is not None])
+            if whole
+            else None,
+            d_sae=blocks[0].d_sae,
+            **joined,
+        )
+
+    def to_table(self) -> pa.Table:
+        """Return the block as a table; floats are halved, which is exact to 5e-4 of each value."""
+        index_type = pa.uint16() if self.d_sae <= 2**16 else pa.uint32()
+        offsets = pa.array(self.indptr.astype(np.int32))
+        columns: dict[str, pa.Array] = {
+            "row": pa.array(self.rows),
+            "id": pa.array(self.ids, pa.string()),
+            "truncated": pa.array(self.truncated),
+        }
+        assert self.maxes is not None and self.counts is not None
+        for s, segment in enumerate(SEGMENTS):
+            columns[f"{segment}_tokens"] = pa.array(self.n_tokens[:, s])
+            columns[f"{segment}_l1"] = pa.array(self.l1[:, s])
+            columns[f"{segment}_hidden"] = pa.FixedSizeListArray.from_arrays(
+                pa.array(_half(self.hidden[:, s]).ravel()), self.hidden.shape[2]
+            )
+        columns["latents"] = pa.ListArray.from_arrays(offsets, pa.array(self.latents).cast(index_type))
+        for s, segment in enumerate(SEGMENTS):
+            for name, values in (
+                ("mean", _half(self.means[:, s])),
+                ("peak", _half(self._peaks()[:, s])),
+                ("count", self.counts[:, s].astype(np.uint16)),
+            ):
+                columns[f"{segment}_{name}"] = pa.ListArray.from_arrays(offsets, pa.array(values))
+        return pa.table(columns)
+
+    @classmethod
+    def from_table(cls, table: pa.Table, d_sae: int) -> Self:
+        """Read a table back; without the columns of maxima and counts these are None."""
+        table = table.combine_chunks()
+        num = table.num_rows
+        lists = table["latents"].combine_chunks()
+        whole = "prompt_peak" in table.column_names
+
+        def entries(name: str) -> np.ndarray:
+            columns = [_flat(table[f"{segment}_{name}"]) for segment in SEGMENTS]
+            dtype = np.int32 if name == "count" else np.float32
+            return np.stack([column.astype(dtype) for column in columns], axis=1)
+
+        offsets = lists.offsets.to_numpy().astype(np.int64)
+        block = cls(
+            rows=table["row"].to_numpy(),
+            ids=table["id"].to_pylist(),
+            n_tokens=np.stack([table[f"{s}_tokens"].to_numpy() for s in SEGMENTS], axis=1),
+            truncated=table["truncated"].to_numpy(zero_copy_only=False),
+            hidden=np.stack(
+                [_flat(table[f"{s}_hidden"]).reshape(num, -1) for s in SEGMENTS], axis=1
+            ).astype(np.float32),
+            l1=np.stack([table[f"{s}_l1"].to_numpy() for s in SEGMENTS], axis=1),
+            indptr=offsets - offsets[0],
+            latents=_flat(table["latents"]).astype(np.int32),
+            means=entries("mean"),
+            maxes=None,
+            counts=entries("count") if whole else None,
+            d_sae=d_sae,
+        )
+        if not whole:
+            return block
+        return dataclasses.replace(block, maxes=entries("peak") + block._means_when_on())
+
+    def _means_when_on(self) -> Float32[np.ndarray, "nnz 2"]:
+        """Mean over the tokens at which a latent is on."""
+        assert self.counts is not None
+        sums = self.means * np.repeat(self.n_tokens, np.diff(self.indptr), axis=0)
+        return (sums / np.maximum(self.counts, 1)).astype(np.float32)
+
+    def _peaks(self) -> Float32[np.ndarray, "nnz 2"]:
+        """How far a maximum stands above the mean when on: 0 for the many on at one token only."""
+        assert self.maxes is not None and self.counts is not None
+        return np.where(self.counts > 1, self.maxes - self._means_when_on(), 0)
+
+
+MEANS_ONLY = [
+    "row",
+    "id",
+    "truncated",
+    *(f"{s}_{name}" for s in SEGMENTS for name in ("tokens", "l1", "hidden", "mean")),
+    "latents",
+]
+"""The columns that mean pooling needs."""
+
+
+def _half(values: np.ndarray) -> np.ndarray:
+    return np.clip(values, -_HALF_MAX, _HALF_MAX).astype(np.float16)
+
+
+def _flat(column: pa.ChunkedArray) -> np.ndarray:
+    return column.combine_chunks().flatten().to_numpy(zero_copy_only=False)

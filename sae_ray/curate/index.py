@@ -1,0 +1,236 @@
+"""FeatureIndex: a pool's pooled latents on disk, read as a stream.
+
+    shards/00000.parquet   rows in pool order: pooled latents, hidden states, messages
+    background.parquet     rows sampled evenly over the pool, to compare with
+    stats.safetensors      what each latent does over the pool
+    lexical.sqlite         BM25 over the texts
+    rejected.parquet       rows that could not be read, with reasons
+    manifest.json          written last
+
+A new description costs one pass over the shards and no model. Rows are numbered by their place in
+the index, 0 to num_rows - 1.
+"""
+
+import dataclasses
+import tempfile
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from fsspec.implementations.local import LocalFileSystem
+from jaxtyping import Float32, Int32
+from safetensors.numpy import load as load_tensors
+
+from sae_ray.artifacts import Manifest, locate, open_artifact
+from sae_ray.chat import Conversation
+from sae_ray.curate.block import MEANS_ONLY, SEGMENTS, IndexBlock
+from sae_ray.curate.lexical import LexicalIndex
+from sae_ray.curate.scorer import LatentScorer, ScorerConfig
+
+KIND = "feature-index"
+FEATURES_ONLY = [*MEANS_ONLY, *(f"{s}_{name}" for s in SEGMENTS for name in ("peak", "count"))]
+
+
+def shard_name(shard: int) -> str:
+    """Return the name of a shard's file in the index."""
+    return f"shards/{shard:05d}.parquet"
+
+
+@dataclasses.dataclass(frozen=True)
+class LatentStats:
+    """What each latent does over the pool's content tokens."""
+
+    document_frequency: Float32[np.ndarray, " d_sae"]
+    """Share of rows in which it is on at all."""
+    token_density: Float32[np.ndarray, " d_sae"]
+    """Share of tokens at which it is on."""
+    mean_on: Float32[np.ndarray, " d_sae"]
+    """Mean over the tokens at which it is on."""
+    p99_on: Float32[np.ndarray, " d_sae"]
+    """99th percentile of a row's maximum, over background rows in which it is on."""
+    on_threshold: Float32[np.ndarray, " d_sae"]
+    """80th percentile of a row's mean, over all background rows."""
+    template_share: Float32[np.ndarray, " d_sae"]
+    """Share of the tokens at which it is on that are the chat template's."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Shards:
+    """The shards of an index in order, less the rows that are excluded."""
+
+    path: str
+    num_shards: int
+    d_sae: int
+    excluded: frozenset[int] = frozenset()
+    """Row numbers in the pool: duplicates that were found when all shards were there."""
+
+    def tables(self, columns: Sequence[str]) -> Iterator[pa.Table]:
+        """Stream tables of these columns, a shard at a time."""
+        fs, root = locate(self.path)
+        for shard in range(self.num_shards):
+            with fs.open(f"{root}/{shard_name(shard)}", "rb") as file:
+                table = pq.read_table(file, columns=list({"row": 0, **dict.fromkeys(columns)}))
+            yield self._without_excluded(table)
+
+    def blocks(self, columns: Sequence[str] = FEATURES_ONLY) -> Iterator[IndexBlock]:
+        """Stream blocks, a shard at a time; `MEANS_ONLY` columns are read in half the time."""
+        start = 0
+        for table in self.tables(columns):
+            if table.num_rows:
+                rows = np.arange(start, start + table.num_rows)
+                yield dataclasses.replace(IndexBlock.from_table(table, self.d_sae), rows=rows)
+                start += table.num_rows
+
+    def take(self, shard: int, positions: Sequence[int], columns: Sequence[str]) -> pa.Table:
+        """Read some rows of one shard, and no row group in which there are none."""
+        fs, root = locate(self.path)
+        with fs.open(f"{root}/{shard_name(shard)}", "rb") as opened:
+            file = pq.ParquetFile(opened)
+            positions = self._physical(file, positions)
+            ends = list(
+                accumulate(file.metadata.row_group(g).num_rows for g in range(file.num_row_groups))
+            )
+            groups = sorted({bisect_right(ends, position) for position in positions})
+            table = file.read_row_groups(groups, columns=list({"row": 0, **dict.fromkeys(columns)}))
+        starts = dict(zip(groups, [0, *accumulate(self._sizes(ends, groups))], strict=False))
+        before = {g: (ends[g - 1] if g else 0) for g in groups}
+        where = [starts[g] + p - before[g] for p in positions for g in [bisect_right(ends, p)]]
+        return table.take(pa.array(where))
+
+    @staticmethod
+    def _sizes(ends: list[int], groups: list[int]) -> list[int]:
+        return [ends[g] - (ends[g - 1] if g else 0) for g in groups]
+
+    def _physical(self, file: pq.ParquetFile, positions: Sequence[int]) -> list[int]:
+        """Turn positions among the rows that are kept into positions in the file."""
+        if not self.excluded:
+            return list(positions)
+        rows = file.read(columns=["row"])["row"].to_pylist()
+        kept = [i for i, row in enumerate(rows) if row not in self.excluded]
+        return [kept[position] for position in positions]
+
+    def _without_excluded(self, table: pa.Table) -> pa.Table:
+        rows = table["row"].to_pylist() if self.excluded else []
+        if not any(row in self.excluded for row in rows):
+            return table
+        return table.take(pa.array([i for i, row in enumerate(rows) if row not in self.excluded]))
+
+
+class FeatureIndex:
+    """A finished index, opened for reading; little is held in memory beside ids and lengths."""
+
+    def __init__(self, path: str) -> None:
+        """Open an index.
+
+        Raises:
+            ArtifactError: there is none, or it is not finished.
+        """
+        self.path = path
+        self.manifest: Manifest = open_artifact(path, KIND)
+        extra = self.manifest.extra
+        self.num_rows, self.d_sae, self.d_in = (
+            int(extra[name])  # pyright: ignore[reportArgumentType]
+            for name in ("num_rows", "d_sae", "d_in")
+        )
+        tensors = load_tensors(self._bytes("stats.safetensors"))
+        excluded = frozenset(tensors.pop("excluded").tolist())
+        self.stats = LatentStats(**tensors)
+        self._shards = Shards(path, int(extra["num_shards"]), self.d_sae, excluded)  # pyright: ignore
+
+    @cached_property
+    def _light(self) -> pa.Table:
+        columns = ["id", *(f"{segment}_tokens" for segment in SEGMENTS)]
+        tables = list(self._shards.tables(columns))
+        self._starts = list(accumulate((t.num_rows for t in tables), initial=0))
+        return pa.concat_tables(tables)
+
+    @cached_property
+    def ids(self) -> list[str]:
+        """Id of every row."""
+        return self._light["id"].to_pylist()
+
+    @cached_property
+    def n_tokens(self) -> Int32[np.ndarray, "num_rows 2"]:
+        """Content tokens of every row's prompt and response."""
+        return np.stack([self._light[f"{s}_tokens"].to_numpy() for s in SEGMENTS], axis=1)
+
+    @cached_property
+    def background(self) -> IndexBlock:
+        """Return rows sampled evenly over the pool."""
+        table = pq.read_table(pa.BufferReader(self._bytes("background.parquet")))
+        return IndexBlock.from_table(table, self.d_sae)
+
+    def blocks(self, *, means_only: bool = False) -> Iterator[IndexBlock]:
+        """Stream all rows, a shard at a time."""
+        return self._shards.blocks(MEANS_ONLY if means_only else FEATURES_ONLY)
+
+    def take(self, rows: Sequence[int] | np.ndarray) -> IndexBlock:
+        """Return these rows in the order given."""
+        rows = np.asarray(rows, dtype=np.int64)
+        block = IndexBlock.from_table(self._take(rows, FEATURES_ONLY), self.d_sae)
+        return dataclasses.replace(block, rows=rows)
+
+    def conversations(self, rows: Sequence[int] | np.ndarray) -> list[Conversation]:
+        """Return the conversations of these rows in the order given."""
+        table = self._take(np.asarray(rows, dtype=np.int64), ["id", "messages"])
+        pairs = zip(table["id"].to_pylist(), table["messages"].to_pylist(), strict=True)
+        return [Conversation(one, messages) for one, messages in pairs]
+
+    @property
+    def kept_columns(self) -> list[str]:
+        """Columns of the pool that were carried along for display."""
+        return list(self.manifest.config["keep_columns"])  # pyright: ignore
+
+    def column(self, name: str) -> list[str]:
+        """Return a column that was carried along, for every row: for display, never for scores."""
+        assert name in self.kept_columns
+        return [one for table in self._shards.tables([name]) for one in table[name].to_pylist()]
+
+    def lexical_scores(
+        self, query: str | Mapping[str, float]
+    ) -> Float32[np.ndarray, " num_rows"]:
+        """Return the BM25 score of every row, 0 where no term occurs; terms may carry weights."""
+        return self._lexical.scores(query)
+
+    def describe(self, text: str) -> IndexBlock:
+        """Read a description as a user would say it: a block of one row."""
+        described = Conversation("description", [{"role": "user", "content": text}])
+        return self.scorer([described], [0]).block
+
+    @cached_property
+    def scorer(self) -> LatentScorer:
+        """The scorer that made the index, loaded when it is first needed."""
+        names = {field.name for field in dataclasses.fields(ScorerConfig)}
+        config = {k: v for k, v in self.manifest.config.items() if k in names}
+        return LatentScorer.load(ScorerConfig(**config))  # pyright: ignore[reportArgumentType]
+
+    @cached_property
+    def _lexical(self) -> LexicalIndex:
+        fs, root = locate(self.path)
+        if isinstance(fs, LocalFileSystem):
+            return LexicalIndex(f"{root}/lexical.sqlite", self.num_rows)
+        self._copy = tempfile.TemporaryDirectory(prefix="sae-ray-")
+        local = Path(self._copy.name) / "lexical.sqlite"
+        fs.get_file(f"{root}/lexical.sqlite", str(local))
+        return LexicalIndex(local, self.num_rows)
+
+    def _take(self, rows: np.ndarray, columns: Sequence[str]) -> pa.Table:
+        assert self._light.num_rows == self.num_rows
+        shards = np.searchsorted(self._starts, rows, side="right") - 1
+        order = np.argsort(shards, kind="stable")
+        tables = [
+            self._shards.take(
+                int(shard), (rows[shards == shard] - self._starts[shard]).tolist(), columns
+            )
+            for shard in np.unique(shards)
+        ]
+        return pa.concat_tables(tables).take(pa.array(np.argsort(order)))
+
+    def _bytes(self, name: str) -> bytes:
+        fs, root = locate(self.path)
+        return fs.cat_file(f"{root}/{name}")

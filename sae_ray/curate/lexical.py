@@ -1,0 +1,61 @@
+"""BM25 over the text of a pool: one SQLite FTS5 file, built as the rows stream by.
+
+SQLite ships with Python, ranks with BM25, stems, keeps its memory flat and writes the same bytes
+for the same rows. Prompt and response are two columns.
+"""
+
+import sqlite3
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float32
+
+from sae_ray.curate.seeds import query_terms
+
+_CREATE = (
+    "create virtual table pool using fts5(prompt, response, content='', "
+    "tokenize='porter unicode61')"
+)
+
+
+def build(path: str | Path, texts: Iterable[tuple[str, str]]) -> None:
+    """Index (prompt, response) texts; the first has row number 0."""
+    database = sqlite3.connect(path)
+    try:
+        database.execute(_CREATE)
+        database.executemany(
+            "insert into pool(rowid, prompt, response) values (?, ?, ?)",
+            ((row, prompt, response) for row, (prompt, response) in enumerate(texts)),
+        )
+        database.commit()
+    finally:
+        database.close()
+
+
+class LexicalIndex:
+    """An FTS5 file, opened for reading."""
+
+    def __init__(self, path: str | Path, num_rows: int) -> None:
+        self.num_rows = num_rows
+        # A selection may be asked for from several threads of a service; reading is safe.
+        self._database = sqlite3.connect(
+            f"file:{path}?mode=ro&immutable=1", uri=True, check_same_thread=False
+        )
+
+    def scores(self, query: str | Mapping[str, float]) -> Float32[np.ndarray, " num_rows"]:
+        """Return the BM25 score of every row, 0 where no term occurs; terms may carry weights."""
+        weights = dict.fromkeys(query_terms(query), 1.0) if isinstance(query, str) else query
+        scores = np.zeros(self.num_rows, dtype=np.float32)
+        by_weight: dict[float, list[str]] = {}
+        for term, weight in sorted(weights.items()):
+            by_weight.setdefault(weight, []).append(term.replace('"', ""))
+        for weight, terms in by_weight.items():
+            match = " OR ".join(f'"{term}"' for term in terms)
+            found = self._database.execute(
+                "select rowid, -bm25(pool) from pool where pool match ?", (match,)
+            ).fetchall()
+            if found:
+                rows, ranks = zip(*found, strict=True)
+                scores[list(rows)] += weight * np.asarray(ranks, dtype=np.float32)
+        return scores

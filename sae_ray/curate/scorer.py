@@ -1,0 +1,302 @@
+"""LatentScorer: conversations to pooled latents, the rows of the feature index.
+
+A plain callable: it knows nothing of Ray, of the pool's files or of the index on disk. What comes
+out depends on the conversations of the call alone, so fixed calls give the same rows wherever they
+are made.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Self
+
+import numpy as np
+import torch
+from jaxtyping import Float32, Int64
+from torch import Tensor
+
+from sae_ray.chat import ChatTokenizer, Conversation, Kind, Tokens, Unreadable
+from sae_ray.curate.block import IndexBlock
+from sae_ray.errors import ModelError
+from sae_ray.lm import DTypeName, LanguageModel, load_config, require_layer, width_at
+from sae_ray.sae.encoder import LatentEncoder, Pooled
+from sae_ray.sae.pretrained import load_encoder
+
+ALL_LATENTS_UP_TO = 4096
+"""d_sae up to which every active latent is kept; above it, the strongest of each row."""
+MAX_FVU = 0.8
+"""A SAE that leaves more of the variance unexplained was not trained on these activations."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ScorerConfig:
+    """All that a row of the index depends on, beside the conversation."""
+
+    lm: str
+    sae: str
+    dtype: DTypeName = "bfloat16"
+    max_tokens: int = 2048
+    batch_tokens: int = 4096
+    top_latents: int = 512
+    check_fit: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Scored:
+    """What one call gives."""
+
+    block: IndexBlock
+    template_counts: Int64[np.ndarray, " d_sae"]
+    """How often each latent was on at template tokens."""
+    template_tokens: int
+    unreadable: dict[int, str]
+    """Position in the call -> why there is no row."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Trace:
+    """Every content token of one conversation with its latents."""
+
+    texts: list[str]
+    latents: Float32[np.ndarray, "tokens d_sae"]
+
+
+class LatentScorer:
+    """Reads conversations through one language model and one SAE."""
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        encoder: LatentEncoder,
+        tokenizer: ChatTokenizer,
+        config: ScorerConfig,
+    ) -> None:
+        self.lm, self.encoder, self.tokenizer, self.config = lm, encoder, tokenizer, config
+        self.hook_point = encoder.hook_point
+        positions = getattr(lm.model.config, "max_position_embeddings", None)
+        self.max_tokens = min(config.max_tokens, positions or config.max_tokens)
+
+    @classmethod
+    def load(cls, config: ScorerConfig, *, device: str | None = None) -> Self:
+        """Load model, SAE and tokenizer; on a GPU where there is one.
+
+        Raises:
+            ModelError: something is missing, or the SAE does not belong to the model.
+        """
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        encoder = check_pair(config)
+        lm = LanguageModel.load(
+            config.lm, [encoder.hook_point], dtype=config.dtype, device=device
+        )
+        encoder = encoder.to(dtype=getattr(torch, config.dtype), device=device)
+        return cls(lm, encoder, ChatTokenizer.load(config.lm), config)
+
+    def check_fit(self, conversations: Sequence[Conversation]) -> float | None:
+        """Return the fraction of variance that the SAE leaves unexplained here.
+
+        Raises:
+            ModelError: it is so large that the SAE must be another model's.
+        """
+        tokens = [t for t in self._tokenize(conversations[:64]) if isinstance(t, Tokens) and len(t)]
+        if not tokens or self.encoder.d_in != self.encoder.W_dec.shape[1]:
+            return None  # a transcoder writes elsewhere than it reads: nothing to compare
+        fvu = self._unexplained(tokens)
+        if self.config.check_fit and not fvu <= MAX_FVU:
+            raise ModelError(
+                f"SAE {self.config.sae} leaves {fvu:.0%} of the variance at {self.hook_point} of "
+                f"{self.config.lm} unexplained on the first {len(tokens)} conversations (allowed: "
+                f"{MAX_FVU:.0%}): it was trained on another model or layer (it names "
+                f"{self.encoder.model_name or 'no model'}); give the SAE of this model, or switch "
+                "check_fit off if you know better"
+            )
+        return fvu
+
+    def __call__(self, conversations: Sequence[Conversation], rows: Sequence[int]) -> Scored:
+        """Score conversations with these row numbers; rows come back in the order given."""
+        tokenised = self._tokenize(conversations)
+        unreadable = {
+            i: t.reason if isinstance(t, Unreadable) else "no content tokens"
+            for i, t in enumerate(tokenised)
+            if isinstance(t, Unreadable) or not (t.kinds == Kind.CONTENT).any()
+        }
+        kept = [i for i in range(len(tokenised)) if i not in unreadable]
+        blocks: list[IndexBlock] = []
+        template_counts = np.zeros(self.encoder.d_sae, dtype=np.int64)
+        template_tokens = 0
+        order: list[int] = []
+        for batch in _batches(kept, tokenised, self.config.batch_tokens):
+            tokens = [t for i in batch if isinstance(t := tokenised[i], Tokens)]
+            block, counts = self._score_batch(
+                tokens, [conversations[i].id for i in batch], [rows[i] for i in batch]
+            )
+            blocks.append(block)
+            order += batch
+            template_counts += counts
+            template_tokens += sum(int((t.kinds != Kind.CONTENT).sum()) for t in tokens)
+        block = IndexBlock.concatenate(blocks) if blocks else self._empty()
+        return Scored(block.take(np.argsort(order)), template_counts, template_tokens, unreadable)
+
+    def trace(self, conversation: Conversation) -> Trace:
+        """Return the latents of every content token of one conversation."""
+        (tokens,) = self._tokenize([conversation])
+        if isinstance(tokens, Unreadable):
+            return Trace([], np.zeros((0, self.encoder.d_sae), dtype=np.float32))
+        content = np.flatnonzero(tokens.kinds == Kind.CONTENT)
+        x = self._read([tokens])[0, torch.from_numpy(content).to(self.lm.device)]
+        texts = [self.tokenizer.tokenizer.decode([i]) for i in tokens.ids[content].tolist()]
+        return Trace(texts, self.encoder.encode(x).float().cpu().numpy())
+
+    def _tokenize(self, conversations: Sequence[Conversation]) -> list[Tokens | Unreadable]:
+        return self.tokenizer.tokenize(conversations, self.max_tokens)
+
+    def _read(self, tokens: Sequence[Tokens]) -> Tensor:
+        """Run a right-padded batch: activations [batch, seq, d_in]."""
+        ids = np.zeros((len(tokens), max(map(len, tokens))), dtype=np.int64)
+        for row, one in zip(ids, tokens, strict=True):
+            row[: len(one)] = one.ids
+        return self.lm.read(torch.from_numpy(ids).to(self.lm.device))[self.hook_point]
+
+    @torch.inference_mode()
+    def _unexplained(self, tokens: Sequence[Tokens]) -> float:
+        runs = [
+            self._read([one])[0, torch.from_numpy(np.flatnonzero(one.kinds == Kind.CONTENT))]
+            for one in tokens
+        ]
+        x = torch.cat(runs).float()
+        x_hat = self.encoder.reconstruct(x)
+        return float((x - x_hat).square().sum() / (x - x.mean(0)).square().sum())
+
+    @torch.inference_mode()
+    def _score_batch(
+        self, tokens: list[Tokens], ids: list[str], rows: list[int]
+    ) -> tuple[IndexBlock, np.ndarray]:
+        x = self._read(tokens)
+        where, lengths = _segments(tokens, x.shape[1])
+        flat = x.flatten(0, 1)[torch.from_numpy(where).to(x.device)]
+        pooled = self.encoder.pool(flat, lengths)
+        n_tokens = lengths[:-1].reshape(-1, 2)
+        hidden = _segment_means(flat, lengths[:-1]).reshape(len(tokens), 2, -1)
+        counts = pooled.counts[-1].cpu().numpy()
+        return self._sparse(pooled, n_tokens, hidden, tokens, ids, rows), counts
+
+    def _sparse(
+        self,
+        pooled: Pooled,
+        n_tokens: np.ndarray,
+        hidden: np.ndarray,
+        tokens: list[Tokens],
+        ids: list[str],
+        rows: list[int],
+    ) -> IndexBlock:
+        """Keep the active latents of each row: all, or the union of its strongest."""
+        shape = (len(ids), 2, self.encoder.d_sae)
+        sums = pooled.sums[:-1].reshape(shape)
+        maxes = pooled.maxes[:-1].reshape(shape)
+        counts = pooled.counts[:-1].reshape(shape)
+        keep = counts.sum(1) > 0
+        if self.encoder.d_sae > ALL_LATENTS_UP_TO:
+            strongest = torch.zeros_like(keep)
+            for strength in (maxes.amax(1), sums.sum(1)):
+                top = strength.topk(min(self.config.top_latents, shape[2]), dim=1).indices
+                strongest.scatter_(1, top, True)
+            keep &= strongest
+        row, latent = keep.nonzero(as_tuple=True)
+        per_token = torch.from_numpy(np.maximum(n_tokens, 1)).to(sums.device)
+        return IndexBlock(
+            rows=np.asarray(rows, dtype=np.int64),
+            ids=ids,
+            n_tokens=n_tokens.astype(np.int32),
+            truncated=np.array([one.truncated for one in tokens]),
+            hidden=hidden,
+            l1=(sums.sum(2) / per_token).cpu().numpy(),
+            indptr=np.concatenate([[0], np.cumsum(keep.sum(1).cpu().numpy())]).astype(np.int64),
+            latents=latent.cpu().numpy().astype(np.int32),
+            means=(sums[row, :, latent] / per_token[row]).float().cpu().numpy(),
+            maxes=maxes[row, :, latent].cpu().numpy(),
+            counts=counts[row, :, latent].cpu().numpy(),
+            d_sae=self.encoder.d_sae,
+        )
+
+    def _empty(self) -> IndexBlock:
+        def zeros(*shape: int, dtype: type = np.float32) -> np.ndarray:
+            return np.zeros(shape, dtype=dtype)
+
+        return IndexBlock(
+            rows=zeros(0, dtype=np.int64),
+            ids=[],
+            n_tokens=zeros(0, 2, dtype=np.int32),
+            truncated=zeros(0, dtype=np.bool_),
+            hidden=zeros(0, 2, self.encoder.d_in),
+            l1=zeros(0, 2),
+            indptr=zeros(1, dtype=np.int64),
+            latents=zeros(0, dtype=np.int32),
+            means=zeros(0, 2),
+            maxes=zeros(0, 2),
+            counts=zeros(0, 2, dtype=np.int32),
+            d_sae=self.encoder.d_sae,
+        )
+
+
+def check_pair(config: ScorerConfig) -> LatentEncoder:
+    """Load the SAE and hold it against the model's configuration, before any weight is loaded.
+
+    Raises:
+        ModelError: the model lacks the SAE's hook point, or has another width there.
+    """
+    encoder = load_encoder(config.sae)
+    model = load_config(config.lm)
+    require_layer(encoder.hook_point, model, config.lm)
+    width = width_at(model, encoder.hook_point)
+    if width != encoder.d_in:
+        raise ModelError(
+            f"SAE {config.sae} reads {encoder.d_in} values a token, but {encoder.hook_point} of "
+            f"{config.lm} holds {width}: give the SAE of this model (it names "
+            f"{encoder.model_name or 'no model'}), or the model of this SAE"
+        )
+    return encoder
+
+
+def _batches(
+    kept: list[int], tokenised: Sequence[Tokens | Unreadable], batch_tokens: int
+) -> Iterator[list[int]]:
+    """Cut positions, longest first, into batches of at most `batch_tokens` with padding."""
+
+    def length(i: int) -> int:
+        one = tokenised[i]
+        assert isinstance(one, Tokens)
+        return len(one)
+
+    batch: list[int] = []
+    for i in sorted(kept, key=lambda i: (-length(i), i)):
+        if batch and length(batch[0]) * (len(batch) + 1) > batch_tokens:
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
+
+
+def _segments(tokens: Sequence[Tokens], seq: int) -> tuple[np.ndarray, np.ndarray]:
+    """Order a padded batch's real tokens by segment.
+
+    Returns their places in the flattened batch, and the lengths of the runs: prompt and response
+    of each conversation, then the template tokens of all.
+    """
+    places: list[np.ndarray] = []
+    template: list[np.ndarray] = []
+    lengths: list[int] = []
+    for i, one in enumerate(tokens):
+        content = one.kinds == Kind.CONTENT
+        for mask in (content & ~one.response, content & one.response):
+            places.append(np.flatnonzero(mask) + i * seq)
+            lengths.append(len(places[-1]))
+        template.append(np.flatnonzero(~content) + i * seq)
+    places += template
+    lengths.append(sum(map(len, template)))
+    return np.concatenate(places), np.asarray(lengths, dtype=np.int64)
+
+
+def _segment_means(x: Tensor, lengths: np.ndarray) -> Float32[np.ndarray, "segments d_in"]:
+    segment = torch.repeat_interleave(torch.from_numpy(lengths)).to(x.device)
+    sums = torch.zeros(len(lengths), x.shape[1], device=x.device)
+    sums.index_add_(0, segment, x[: len(segment)].float())
+    return sums.cpu().numpy() / np.maximum(lengths, 1)[:, None].astype(np.float32)

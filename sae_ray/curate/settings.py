@@ -1,0 +1,75 @@
+"""Settings of an index: which pool is read through which model and SAE, and how."""
+
+from typing import ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
+
+from sae_ray import tiny
+from sae_ray.config import JobConfig
+from sae_ray.curate.scorer import ScorerConfig
+from sae_ray.lm import DTypeName
+
+
+class IndexSettings(JobConfig):
+    """What the jobs that index a pool have in common."""
+
+    pool: str | None = None
+    """Conversations: Parquet, JSONL or a folder of them, local or on any fsspec URL (s3://...), or
+    the name of a Hugging Face dataset; as `messages`, `instruction/input/output` or
+    `prompt/completion`. Without it, the embedded pool."""
+    lm: str | None = None
+    """Language model that reads: a folder or a Hugging Face name. Without it, the embedded one."""
+    sae: str | None = None
+    """SAE of that model: a folder in sae-lens format, or release:sae_id of sae-lens' registry.
+    Without it, the embedded one."""
+    dtype: DTypeName = "bfloat16"
+    """Precision of the forward and of the encoder's product; sums stay float32."""
+    max_tokens: int = Field(2048, ge=8)
+    """Tokens read of each conversation; the rest is left out and counted as truncated."""
+    batch_tokens: int = Field(4096, ge=1)
+    """Tokens in a batch, padding included."""
+    top_latents: int = Field(512, ge=1)
+    """Latents kept of each row by maximum and as many by mean, where d_sae is above 4,096."""
+    rows_per_shard: int = Field(2048, ge=1)
+    """Rows of the pool in a shard: the unit that is scored at once, and lost when a worker dies."""
+    keep_columns: list[str] = Field(["source"])
+    """Columns of the pool to show in reports, where it has them; never read by a selector."""
+    max_rejected: float = Field(0.1, ge=0, le=1)
+    """Share of unreadable rows past which the job stops; rejected rows are listed with reasons."""
+    check_fit: bool = True
+    """Refuse a SAE that leaves over 80 % of the variance unexplained: another model's."""
+    num_workers: int | None = Field(None, ge=0)
+    """Ray workers: one a GPU, or a core, if not given; 0 scores in this process without Ray."""
+
+    incidental: ClassVar[frozenset[str]] = frozenset({"out", "index", "num_workers"})
+
+    @model_validator(mode="after")
+    def _model_and_sae_together(self) -> Self:
+        if (self.lm is None) != (self.sae is None):
+            given, missing = ("lm", "sae") if self.sae is None else ("sae", "lm")
+            raise ValueError(
+                f"--{given} is given without --{missing}: a SAE reads one model only; give both, or "
+                "neither for the embedded pair"
+            )
+        return self
+
+    @property
+    def pool_source(self) -> str:
+        """The pool given, or the embedded one."""
+        return self.pool or str(tiny.pool_path())
+
+    def scorer(self) -> ScorerConfig:
+        """Return what a row of the index depends on."""
+        return ScorerConfig(
+            lm=self.lm or str(tiny.lm_path()),
+            sae=self.sae or str(tiny.sae_path()),
+            dtype=self.dtype,
+            max_tokens=self.max_tokens,
+            batch_tokens=self.batch_tokens,
+            top_latents=self.top_latents,
+            check_fit=self.check_fit,
+        )
+
+
+Scorer = Literal["fused", "latents", "hidden", "sum_topk", "jaccard", "max", "cosine"]
+Selector = Literal["greedy", "topk", "round_robin"]

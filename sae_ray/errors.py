@@ -1,0 +1,36 @@
+"""The exception tree, drawn once.
+
+    SaeRayError
+      ├── ConfigError      a setting is missing, unknown or out of its range
+      ├── PoolError        the pool cannot be read, or holds too little that can
+      ├── ModelError       model, tokenizer, hook point and SAE do not fit each other
+      ├── ArtifactError    a folder on disk is not what it is taken for, or cannot be written
+      └── TaskError        a task is empty, or cannot be told from the rest of the pool
+
+What a user can cause is one of these. Each message has three parts: what was given, what is
+allowed, what to do. A broken invariant is an `assert` instead: that one is our mistake.
+"""
+
+
+class SaeRayError(Exception):
+    """Something the user can put right; a job prints it as one line and exits 2."""
+
+
+class ConfigError(SaeRayError):
+    """A setting is missing, unknown or out of its range."""
+
+
+class PoolError(SaeRayError):
+    """The pool cannot be read, or holds too little that can."""
+
+
+class ModelError(SaeRayError):
+    """Model, tokenizer, hook point and SAE do not fit each other."""
+
+
+class ArtifactError(SaeRayError):
+    """A folder on disk is not what it is taken for, or cannot be written."""
+
+
+class TaskError(SaeRayError):
+    """A task is empty, or cannot be told from the rest of the pool."""
