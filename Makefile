@@ -11,6 +11,7 @@ ARGS ?=
 BENCH ?= curate
 
 BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 STAMP := .venv/.installed-$(shell cat requirements.lock pyproject.toml | cksum | cut -d ' ' -f 1)
 
 .DEFAULT_GOAL := help
@@ -28,10 +29,12 @@ venv:
 
 # torch is pinned by its release alone, so pip takes the build that the machine's package index
 # offers: the CPU's or CUDA's. DeepSpeed comes as source; its kernels are built when first used.
+# Compiling the bytecode of all packages would double the time: what is imported here will do.
 $(STAMP):
 	[ -x $(BIN)/python ] || $(PYTHON) -m venv .venv
-	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	DS_BUILD_OPS=0 $(PIP) --no-compile -r requirements.lock
+	$(PIP) --no-deps --no-build-isolation -e .
+	DS_ACCELERATOR=cpu PYTHONDONTWRITEBYTECODE= $(BIN)/python -c 'import datasets, peft, ray.data, ray.serve, ray.train.torch, ray.tune, sae_lens, scipy.sparse, trl; from transformers import LlamaForCausalLM'
 	@rm -f .venv/.installed-*
 	@touch $@
 
@@ -69,4 +72,4 @@ lock: venv
 	@rm requirements.lock.new
 
 clean:
-	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf .venv build *.egg-info .hypothesis .pytest_cache .ruff_cache

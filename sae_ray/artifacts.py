@@ -182,6 +182,12 @@ def open_artifact(path: str, kind: str) -> Manifest:
     return manifest
 
 
+def is_finished(path: str, kind: str) -> bool:
+    """Say whether a folder holds a finished artifact of this kind."""
+    manifest = _read(Manifest, path, MANIFEST)
+    return manifest is not None and manifest.kind == kind
+
+
 def verify(path: str) -> None:
     """Read every file again and refuse an artifact that is not what its manifest says."""
     manifest = _read(Manifest, path, MANIFEST)

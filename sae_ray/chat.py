@@ -10,25 +10,31 @@ This module knows neither models nor SAEs.
 
 import dataclasses
 import enum
+import itertools
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TypedDict
 
 import numpy as np
-from jaxtyping import Bool, Int32, UInt8
+from jaxtyping import Bool, Int32, Int64, UInt8
 from jinja2 import TemplateError
+from tokenizers import Encoding
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from sae_ray.errors import ModelError
 
 PLAIN_TEMPLATE = (
-    "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n\n{% endfor %}"
+    "{{ bos_token }}{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n\n{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
 """For base models, whose tokenizers have no chat template."""
 
-_WORD = re.compile(r"^\W*\w+\W*$")
+TEMPLATE_DATE = "26 Jul 2024"
+"""The day that a template which asks for `date_string` prints: an index must not depend on the day
+it was made. Llama 3.1's own default."""
+
+_ROLE_WORD = re.compile(r"[ ▁]?\w+(?=\n|<|\Z)")
 
 
 class Message(TypedDict):
@@ -54,10 +60,11 @@ class Kind(enum.IntEnum):
     """What a token is: something somebody said, or part of the template."""
 
     CONTENT = 0
+    """Holds at least one character of a message."""
     TEMPLATE = 1
     """Special tokens, separators and text that the template adds by itself."""
     ROLE = 2
-    """A word of the template right behind a special token: `user`, `assistant`, `model`."""
+    """A word of the template alone behind a special token: `user`, `assistant`, `model`."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -68,6 +75,8 @@ class Tokens:
     kinds: UInt8[np.ndarray, " tokens"]
     response: Bool[np.ndarray, " tokens"]
     """True on the content of assistant turns; prompt is all other content."""
+    ends: Int64[np.ndarray, " tokens"]
+    """Where each token ends in the rendered text; the next one begins there."""
     truncated: bool
     """True if tokens past the limit were left out."""
 
@@ -82,6 +91,17 @@ class Unreadable:
     reason: str
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Frame:
+    """What a template writes around the contents of one sequence of roles."""
+
+    order: list[int]
+    """The messages as the text has them: some templates move the system prompt."""
+    before: list[str]
+    """The template's text in front of each of them."""
+    after: str
+
+
 class ChatTokenizer:
     """A Hugging Face tokenizer that says of each token whether a person or the template wrote it."""
 
@@ -92,9 +112,12 @@ class ChatTokenizer:
                 "(tokenizer.json) is needed; convert it with transformers' convert_slow_tokenizer"
             )
         self.tokenizer = tokenizer
-        self.template = tokenizer.chat_template or PLAIN_TEMPLATE
-        self._special_ids = np.array(sorted(tokenizer.added_tokens_decoder), dtype=np.int64)
-        self._pieces: dict[tuple[str, ...], list[str] | None] = {}
+        self.template = PLAIN_TEMPLATE
+        if tokenizer.chat_template is not None:
+            self.template = tokenizer.get_chat_template()  # the default, where there are several
+        self._is_added = np.zeros(max(tokenizer.get_vocab().values()) + 1, dtype=bool)
+        self._is_added[list(tokenizer.added_tokens_decoder)] = True
+        self._frames: dict[tuple[bool, tuple[str, ...]], _Frame | None] = {}
 
     @classmethod
     def load(cls, path: str | Path) -> "ChatTokenizer":
@@ -109,13 +132,17 @@ class ChatTokenizer:
 
     def render(self, messages: Sequence[Message], *, generation_prompt: bool = False) -> str:
         """Return the text that the model reads."""
+        return self._render([list(messages)], generation_prompt)[0]
+
+    def _render(self, chats: list[list[Message]], generation_prompt: bool) -> list[str]:
         rendered = self.tokenizer.apply_chat_template(
-            list(messages),  # pyright: ignore[reportArgumentType]
+            chats,  # pyright: ignore[reportArgumentType]
             chat_template=self.template,
             tokenize=False,
             add_generation_prompt=generation_prompt,
+            date_string=TEMPLATE_DATE,
         )
-        assert isinstance(rendered, str)
+        assert isinstance(rendered, list)
         return rendered
 
     def tokenize(
@@ -126,116 +153,128 @@ class ChatTokenizer:
         generation_prompt: bool = False,
     ) -> list[Tokens | Unreadable]:
         """Tokenise conversations; a row that the template refuses comes back as `Unreadable`."""
-        rendered: list[tuple[str, list[tuple[int, int]]] | Unreadable] = []
+        rows: list[tuple[str, list[tuple[int, int, bool]]] | Unreadable] = []
         for conversation in conversations:
+            messages = conversation.messages
             try:
-                text = self.render(conversation.messages, generation_prompt=generation_prompt)
-                rendered.append((text, self._content_spans(conversation.messages, text)))
-            except (TemplateError, ValueError) as error:
-                rendered.append(Unreadable(f"chat template: {_first_line(error)}"))
-        texts = [item[0] for item in rendered if not isinstance(item, Unreadable)]
-        encodings = iter(
-            self.tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)  # pyright: ignore
-            if texts
-            else ()
-        )
+                if not messages:
+                    raise ValueError("there are no turns")
+                text = self.render(messages, generation_prompt=generation_prompt)
+                text.encode()  # raises where there is a lone surrogate
+                rows.append((text, self._contents(messages, text, generation_prompt)))
+            # What templates raise themselves, and what jinja raises where a template is careless.
+            except (TemplateError, ValueError, TypeError, LookupError) as error:
+                rows.append(Unreadable(f"chat template: {_first_line(error)}"))
+        texts = [row[0] for row in rows if not isinstance(row, Unreadable)]
+        backend = self.tokenizer.backend_tokenizer  # pyright: ignore[reportAttributeAccessIssue]
+        encodings = iter(backend.encode_batch(texts, add_special_tokens=False) if texts else ())
         return [
-            item
-            if isinstance(item, Unreadable)
-            else self._mark(next(encodings), item[0], item[1], conversation.messages, max_tokens)
-            for item, conversation in zip(rendered, conversations, strict=True)
+            row if isinstance(row, Unreadable) else self._mark(next(encodings), *row, max_tokens)
+            for row in rows
         ]
 
+    def texts(self, conversation: Conversation, tokens: Tokens) -> list[str]:
+        """Return each token's part of the rendered text; joined, they are that text again.
+
+        Where several tokens make up one character, the first has it and the others are empty.
+        """
+        text = self.render(conversation.messages)
+        return [text[start:end] for start, end in itertools.pairwise([0, *tokens.ends.tolist()])]
+
     def _mark(
-        self,
-        encoding: object,
-        text: str,
-        spans: list[tuple[int, int]],
-        messages: Sequence[Message],
-        max_tokens: int,
+        self, encoding: Encoding, text: str, contents: list[tuple[int, int, bool]], max_tokens: int
     ) -> Tokens:
-        ids = np.asarray(encoding.ids, dtype=np.int32)  # pyright: ignore[reportAttributeAccessIssue]
-        offsets = np.asarray(encoding.offsets, dtype=np.int64).reshape(-1, 2)  # pyright: ignore
-        starts = offsets[:, 0]
-        # A token is content if it starts inside a message; spans are sorted and disjoint.
-        bounds = np.asarray(spans, dtype=np.int64).reshape(-1, 2)
-        message = np.searchsorted(bounds[:, 0], starts, side="right") - 1
-        inside = (message >= 0) & (starts < bounds[np.maximum(message, 0), 1])
+        ids = np.array(encoding.ids[:max_tokens], dtype=np.int32)
+        offsets = np.array(encoding.offsets[:max_tokens], dtype=np.int64).reshape(-1, 2)
+        starts, ends = offsets[:, 0], offsets[:, 1]
+        added = self._is_added[ids]
+        inside = np.zeros(len(ids), dtype=bool)
+        response = np.zeros(len(ids), dtype=bool)
+        if contents:
+            # The last message that begins before the token's end, and whether it reaches into it:
+            # a tokenizer may merge the space before a word, or the full stop and line break after.
+            opens, closes, assistant = map(np.array, zip(*contents, strict=True))
+            message = np.searchsorted(opens, ends, side="left") - 1
+            opens, closes = opens[message], closes[message]
+            inside = (message >= 0) & (starts < closes)
+            # Added tokens can swallow white space beside them; that makes them nobody's words.
+            inside &= ~added | ((starts >= opens) & (ends <= closes))
+            response = inside & assistant[message]
         kinds = np.where(inside, Kind.CONTENT, Kind.TEMPLATE).astype(np.uint8)
-        kinds[self._role_words(ids, offsets, inside, text)] = Kind.ROLE
-        assistant = np.array([m["role"] == "assistant" for m in messages], dtype=bool)
-        response = inside & assistant[np.maximum(message, 0)]
-        kept = slice(0, max_tokens)
-        return Tokens(ids[kept], kinds[kept], response[kept], truncated=len(ids) > max_tokens)
+        frame = ~inside
+        for i in np.flatnonzero(added[:-1] & frame[:-1] & frame[1:] & ~added[1:]).tolist():
+            if word := _ROLE_WORD.match(text, ends[i]):
+                kinds[i + 1 :][(starts[i + 1 :] < word.end()) & frame[i + 1 :]] = Kind.ROLE
+        return Tokens(
+            ids, kinds, response, np.maximum.accumulate(ends), len(encoding) > max_tokens
+        )
 
-    def _role_words(
-        self,
-        ids: Int32[np.ndarray, " tokens"],
-        offsets: np.ndarray,
-        inside: Bool[np.ndarray, " tokens"],
-        text: str,
-    ) -> list[int]:
-        """Find template words that stand right behind a special token."""
-        special = np.isin(ids, self._special_ids) & ~inside
-        behind = np.flatnonzero(special[:-1] & ~special[1:] & ~inside[1:]) + 1
-        return [i for i in behind.tolist() if _WORD.match(text[offsets[i, 0] : offsets[i, 1]])]
+    def _contents(
+        self, messages: Sequence[Message], text: str, generation_prompt: bool
+    ) -> list[tuple[int, int, bool]]:
+        """Return (start, end, by the assistant) of each content in the text, empty ones left out."""
+        key = (generation_prompt, tuple(message["role"] for message in messages))
+        if key not in self._frames:
+            self._frames[key] = self._frame(*key)
+        frame = self._frames[key]
+        spans = (frame and _lay(frame, messages, text)) or _search(frame, messages, text)
+        return [
+            (start, end, messages[i]["role"] == "assistant")
+            for i, (start, end) in spans
+            if start < end
+        ]
 
-    def _content_spans(self, messages: Sequence[Message], text: str) -> list[tuple[int, int]]:
-        """Return [start, end) of each message's content in the rendered text."""
-        roles = tuple(message["role"] for message in messages)
-        if roles not in self._pieces:
-            self._pieces[roles] = self._template_pieces(roles)
-        pieces = self._pieces[roles]
-        for strip in (False, True) if pieces is not None else ():
-            contents = [m["content"].strip() if strip else m["content"] for m in messages]
-            spans = _interleave(pieces, contents, text)
-            if spans is not None:
-                return spans
-        return _search(messages, text)
-
-    def _template_pieces(self, roles: tuple[str, ...]) -> list[str] | None:
+    def _frame(self, generation_prompt: bool, roles: tuple[str, ...]) -> _Frame | None:
         """Render markers in place of contents; what stands between them is the template."""
         # U+FDD0.. are permanently unassigned code points: no text holds them by right.
         marked: list[Message] = [
             {"role": role, "content": f"\ufdd0{i}\ufdd1"} for i, role in enumerate(roles)
         ]
-        pieces: list[str] = []
-        rest = self.render(marked)
-        for message in marked:
-            before, found, rest = rest.partition(message["content"])
-            if not found:
-                return None
-            pieces.append(before)
-        return pieces
+        text = self.render(marked, generation_prompt=generation_prompt)
+        *parts, after = re.split("\ufdd0(\\d+)\ufdd1", text)
+        order = [int(i) for i in parts[1::2]]
+        if sorted(order) != list(range(len(roles))):
+            return None  # it leaves a turn out, or says it twice
+        return _Frame(order, parts[::2], after)
 
 
-def _interleave(
-    pieces: Sequence[str], contents: Sequence[str], text: str
-) -> list[tuple[int, int]] | None:
-    """Lay template pieces and contents end to end; None where the text says otherwise."""
-    spans: list[tuple[int, int]] = []
-    at = 0
-    for piece, content in zip(pieces, contents, strict=True):
-        start = at + len(piece)
-        end = start + len(content)
-        if text[at:start] != piece or text[start:end] != content:
+def _lay(
+    frame: _Frame, messages: Sequence[Message], text: str
+) -> list[tuple[int, tuple[int, int]]] | None:
+    """Lay template and contents end to end; None where the text says otherwise."""
+    spans: list[tuple[int, tuple[int, int]]] = []
+    behind = [*frame.before[1:], frame.after]
+    at = len(frame.before[0])
+    if not text.startswith(frame.before[0]):
+        return None
+    for i, piece in zip(frame.order, behind, strict=True):
+        content = messages[i]["content"]
+        for kept in (content, content.strip(), content.lstrip(), content.rstrip()):
+            if text.startswith(kept, at) and text.startswith(piece, at + len(kept)):
+                break
+        else:
             return None
-        spans.append((start, end))
-        at = end
+        spans.append((i, (at, at + len(kept))))
+        at += len(kept) + len(piece)
     return spans
 
 
-def _search(messages: Sequence[Message], text: str) -> list[tuple[int, int]]:
+def _search(
+    frame: _Frame | None, messages: Sequence[Message], text: str
+) -> list[tuple[int, tuple[int, int]]]:
     """Find contents one behind the other, for templates whose frame depends on the contents."""
-    spans: list[tuple[int, int]] = []
+    spans: list[tuple[int, tuple[int, int]]] = []
     at = 0
-    for message in messages:
-        content = message["content"].strip()
+    order = frame.order if frame else range(len(messages))
+    for i, piece in zip(order, frame.before if frame else itertools.repeat(""), strict=False):
+        # Past the template's own words, among which a short content might be found.
+        at += len(piece) if text.startswith(piece, at) else 0
+        content = messages[i]["content"].strip()
         start = text.find(content, at)
         if start < 0:
-            raise ValueError(f"it rewrites the {message['role']} turn, whose text is not in it")
+            raise ValueError(f"it leaves out or rewrites the {messages[i]['role']} turn")
         at = start + len(content)
-        spans.append((start, at))
+        spans.append((i, (start, at)))
     return spans
 
 

@@ -14,13 +14,13 @@ import dataclasses
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
-
 from transformers.utils import logging as transformers_logging
 
 from sae_ray.errors import ModelError
@@ -46,7 +46,7 @@ class HookPoint:
     site: Site
 
     @classmethod
-    def parse(cls, name: str) -> Self:
+    def parse(cls, name: str) -> "HookPoint":
         """Read a sae-lens name, or a layer's module path (which means its output)."""
         if (match := _SAE_LENS.match(name)) and match[2] in _SAE_LENS_NAMES:
             return cls(int(match[1]), _SAE_LENS_NAMES[match[2]])
@@ -57,6 +57,11 @@ class HookPoint:
             f"hook point {name!r} is not known: give blocks.LAYER.({sites}) or the module path of a "
             "layer, such as model.layers.12"
         )
+
+    @property
+    def num_layers(self) -> int:
+        """How many of the model's lowest layers it takes to get here."""
+        return self.layer + (self.site != "resid_pre")
 
     def __str__(self) -> str:
         names = {site: name for name, site in _SAE_LENS_NAMES.items()}
@@ -97,6 +102,9 @@ FAMILIES: dict[str, Family] = {
 
 DTypeName = Literal["float32", "bfloat16"]
 
+_TEXT_PART = {r"^(model\.)?language_model\.(model\.)?": ""}
+"""Names of weights in models that also see: Gemma 3 from 4B on."""
+
 
 class LanguageModel:
     """The lower part of a causal language model, read at hook points."""
@@ -114,7 +122,7 @@ class LanguageModel:
         *,
         dtype: DTypeName = "float32",
         device: str | torch.device = "cpu",
-    ) -> Self:
+    ) -> "LanguageModel":
         """Load only what lies below the deepest hook point, from safetensors.
 
         Raises:
@@ -124,7 +132,7 @@ class LanguageModel:
         family = family_of(config)
         for hook_point in hook_points:
             require_layer(hook_point, config, path)
-        keep_layers(config, max(point.layer for point in hook_points) + 1)
+        keep_layers(config, max(1, *(point.num_layers for point in hook_points)))
         try:
             with _quiet_loading():
                 model, info = AutoModel.from_pretrained(
@@ -133,18 +141,23 @@ class LanguageModel:
                     dtype=getattr(torch, dtype),
                     use_safetensors=True,
                     trust_remote_code=False,
-                    attn_implementation="sdpa",
+                    attn_implementation=_attention(config),
                     output_loading_info=True,
+                    key_mapping=_TEXT_PART,
+                    ignore_mismatched_sizes=True,  # so that they are counted, and refused below
                 )
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             raise ModelError(
-                f"cannot load the weights of {path}: {str(error).strip().splitlines()[0]}; weights "
-                "are read from safetensors only (convert .bin files with save_pretrained)"
+                f"cannot load the weights of {path}: {_first_line(error)}; weights are read from "
+                "safetensors only (convert .bin files with save_pretrained)"
             ) from error
-        if missing := sorted(info["missing_keys"]):
+        mismatched = {key for key, *_ in info["mismatched_keys"]}
+        wrong = sorted({*info["missing_keys"], *mismatched})
+        if wrong := [name for name in wrong if not name.startswith(f"{family.final_norm}.")]:
+            what = "has another shape" if wrong[0] in mismatched else "is missing"
             raise ModelError(
-                f"{path} lacks {len(missing)} of the weights that its config.json asks for, the first "
-                f"being {missing[0]}; copy or download the model again"
+                f"{len(wrong)} of the weights that config.json asks for are not in {path}: the first, "
+                f"{wrong[0]}, {what}; copy or download the model again"
             )
         setattr(model, family.final_norm, nn.Identity())
         return cls(model.to(device), hook_points)
@@ -173,9 +186,13 @@ class LanguageModel:
     def _hook(
         self, point: HookPoint, keep: Callable[[HookPoint, Tensor], object]
     ) -> Iterator[None]:
-        layer = self.model.get_submodule(f"{self.family.layers}.{point.layer}")
+        layers = self.model.get_submodule(self.family.layers)
+        assert isinstance(layers, nn.ModuleList)
+        # What enters the first layer left out is what leaves the last one, into a norm without effect.
+        place = self.family.final_norm if point.layer == len(layers) else ""
+        layer = self.model.get_submodule(place or f"{self.family.layers}.{point.layer}")
 
-        def keep_input(_module: nn.Module, args: tuple[Tensor, ...], kwargs: dict) -> None:
+        def keep_input(_module: nn.Module, args: tuple, kwargs: dict) -> None:
             keep(point, args[0] if args else kwargs["hidden_states"])
 
         def keep_output(_module: nn.Module, _args: object, output: Tensor | tuple) -> None:
@@ -215,13 +232,12 @@ def _quiet_loading() -> Iterator[None]:
 def load_config(path: str | Path) -> PretrainedConfig:
     """Read a model's configuration: the text part, where there are several."""
     try:
-        config = AutoConfig.from_pretrained(str(path), trust_remote_code=False)
+        return AutoConfig.from_pretrained(str(path), trust_remote_code=False).get_text_config()
     except (OSError, ValueError) as error:
         raise ModelError(
-            f"no language model at {path}: {str(error).strip().splitlines()[0]}; give a folder "
-            "with config.json and model.safetensors, or a name on the Hugging Face hub"
+            f"no language model at {path}: {_first_line(error)}; give a folder with config.json and "
+            "model.safetensors, or a name on the Hugging Face hub"
         ) from error
-    return config.get_text_config()
 
 
 def family_of(config: PretrainedConfig) -> Family:
@@ -242,6 +258,11 @@ def keep_layers(config: PretrainedConfig, num_layers: int) -> None:
         config.layer_types = config.layer_types[:num_layers]
 
 
+def _attention(config: PretrainedConfig) -> str:
+    """Choose transformers' attention: the fused one cannot cap its logits, as Gemma 2 does."""
+    return "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"
+
+
 def width_at(config: PretrainedConfig, hook_point: HookPoint) -> int:
     """Return the number of values that a hook point holds for each token."""
     if hook_point.site != "z":
@@ -257,3 +278,7 @@ def require_layer(hook_point: HookPoint, config: PretrainedConfig, path: str | P
             f"hook point {hook_point}: {path} has layers 0 to {config.num_hidden_layers - 1}; name "
             "one of these, or give the model that the SAE was trained on"
         )
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,6 +1,8 @@
 """What tests share: a world of their own, tiny models of every family, a Ray cluster, S3, data."""
 
+import json
 import os
+import random
 import shutil
 import tempfile
 import uuid
@@ -9,8 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from sae_ray.curate.settings import IndexSettings
 
 ROOT = Path(__file__).parent.parent
 SHARED_DATA = ROOT.parent / "shared" / "data"
@@ -204,3 +209,87 @@ def save_tiny_lm(family: str, tokenizer: PreTrainedTokenizerFast, folder: Path) 
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+_TOPICS = {
+    "orders": "orders customer query count day",
+    "rivers": "river water bridge boat rain",
+    "music": "song piano voice sing chord",
+}
+
+
+def save_tiny_sae(folder: Path, hook_point: str = "blocks.1.hook_resid_post", seed: int = 0) -> Path:
+    """Save a random JumpReLU SAE: 32 values in, 64 latents, a third of them on at a token."""
+    generator = torch.Generator().manual_seed(seed)
+    W_dec = torch.randn(64, 32, generator=generator)
+    W_dec /= W_dec.norm(dim=-1, keepdim=True)
+    weights = {
+        "W_enc": W_dec.T.contiguous(),
+        "W_dec": W_dec,
+        "b_enc": torch.zeros(64),
+        "b_dec": torch.zeros(32),
+        "threshold": torch.full((64,), 0.5),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(weights, folder / "sae_weights.safetensors")
+    config = {
+        "d_in": 32,
+        "d_sae": 64,
+        "dtype": "float32",
+        "architecture": "jumprelu",
+        "apply_b_dec_to_input": False,
+        "normalize_activations": "none",
+        "metadata": {"hook_name": hook_point, "model_name": "tiny"},
+    }
+    (folder / "cfg.json").write_text(json.dumps(config))
+    return folder
+
+
+def write_pool(path: Path, num_rows: int, seed: int = 0) -> Path:
+    """Write conversations about three topics, of uneven lengths, as JSONL."""
+    rng = random.Random(seed)
+    lines = []
+    for i in range(num_rows):
+        topic = sorted(_TOPICS)[i % len(_TOPICS)]
+        words = _TOPICS[topic].split()
+        question = " ".join(rng.choices(words, k=rng.randint(3, 30)))
+        answer = " ".join(rng.choices(words, k=rng.randint(1, 12)))
+        messages = [
+            {"role": "user", "content": f"Q{i} {question}"},
+            {"role": "assistant", "content": answer},
+        ]
+        lines.append(json.dumps({"id": f"row-{i}", "source": topic, "messages": messages}))
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+@pytest.fixture
+def tiny_sae(tmp_path: Path) -> Path:
+    """The folder of a random SAE on the tiny Llama."""
+    return save_tiny_sae(tmp_path / "sae")
+
+
+@pytest.fixture
+def tiny_pool(tmp_path: Path) -> Path:
+    """A JSONL file of 60 conversations."""
+    return write_pool(tmp_path / "pool.jsonl", 60)
+
+
+@pytest.fixture
+def tiny_settings(tiny_pool: Path, tiny_lm: Path, tiny_sae: Path) -> IndexSettings:
+    """Settings of an index over the tiny pool: four shards, scored in this process."""
+    return IndexSettings(
+        pool=str(tiny_pool),
+        lm=str(tiny_lm),
+        sae=str(tiny_sae),
+        dtype="float32",
+        rows_per_shard=16,
+        check_fit=False,
+        num_workers=0,
+    )
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> None:
+    """Tiny products are slower on several threads, and far slower on a busy machine."""
+    torch.set_num_threads(1)

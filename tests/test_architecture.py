@@ -85,7 +85,9 @@ def test_import_contracts_hold():
 def test_import_contracts_cover_everything():
     linter = pyproject()["tool"]["importlinter"]
     contracts = {contract["id"]: contract for contract in linter["contracts"]}
-    assert set(linter["root_packages"]) == {f for f in SHIPPED if python_files(f)}
+    shipped = {folder for folder in SHIPPED if python_files(folder)}
+    assert set(linter["root_packages"]) == shipped
+    assert set(pyproject()["tool"]["pyright"]["include"]) == {*shipped, "tests"}
     assert "serving" in contracts or not python_files("serve"), "serving never trains: write it"
     tops = {name.split("/")[1].removesuffix(".py") for name in python_files("sae_ray")}
     science = {f"sae_ray.{top}" for top in tops - {"__init__", "distributed"}}
@@ -201,8 +203,9 @@ def test_tests_mirror_the_tree():
     for name in python_files("tests"):
         parts = Path(name).parts
         if parts[1] in SHIPPED and Path(name).name.startswith("test_"):
-            source = Path(*parts[1:-1], Path(name).name.removeprefix("test_"))
-            offenders += [] if (ROOT / source).exists() else [f"{name} has no {source}"]
+            source = ROOT.joinpath(*parts[1:-1], Path(name).stem.removeprefix("test_"))
+            if not source.is_dir() and not source.with_suffix(".py").exists():
+                offenders.append(f"{name} has no {source.relative_to(ROOT)}.py")
         if Path(name).name == "__init__.py":
             offenders.append(f"{name}: tests are no package")
     assert offenders == []

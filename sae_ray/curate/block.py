@@ -7,7 +7,7 @@ sum, count and binary pooling of a segment or of the whole conversation follow w
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Literal, Self
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -90,7 +90,7 @@ class IndexBlock:
         share = self._shares().astype(np.float32)
         return np.einsum("ns,nsd->nd", share, self.hidden)
 
-    def take(self, which: Sequence[int] | np.ndarray) -> Self:
+    def take(self, which: Sequence[int] | np.ndarray) -> "IndexBlock":
         """Return the rows at these positions, in the order given."""
         positions = np.asarray(which, dtype=np.int64)
         sizes = np.diff(self.indptr)[positions]
@@ -161,7 +161,7 @@ class IndexBlock:
         return pa.table(columns)
 
     @classmethod
-    def from_table(cls, table: pa.Table, d_sae: int) -> Self:
+    def from_table(cls, table: pa.Table, d_sae: int) -> "IndexBlock":
         """Read a table back; without the columns of maxima and counts these are None."""
         table = table.combine_chunks()
         num = table.num_rows

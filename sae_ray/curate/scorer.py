@@ -7,7 +7,6 @@ are made.
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Self
 
 import numpy as np
 import torch
@@ -54,10 +53,10 @@ class Scored:
 
 @dataclasses.dataclass(frozen=True)
 class Trace:
-    """Every content token of one conversation with its latents."""
+    """Every content token of one conversation with its latents, or those chosen."""
 
     texts: list[str]
-    latents: Float32[np.ndarray, "tokens d_sae"]
+    latents: Float32[np.ndarray, "tokens chosen"]
 
 
 class LatentScorer:
@@ -76,7 +75,7 @@ class LatentScorer:
         self.max_tokens = min(config.max_tokens, positions or config.max_tokens)
 
     @classmethod
-    def load(cls, config: ScorerConfig, *, device: str | None = None) -> Self:
+    def load(cls, config: ScorerConfig, *, device: str | None = None) -> "LatentScorer":
         """Load model, SAE and tokenizer; on a GPU where there is one.
 
         Raises:
@@ -137,13 +136,26 @@ class LatentScorer:
 
     def trace(self, conversation: Conversation) -> Trace:
         """Return the latents of every content token of one conversation."""
-        (tokens,) = self._tokenize([conversation])
-        if isinstance(tokens, Unreadable):
-            return Trace([], np.zeros((0, self.encoder.d_sae), dtype=np.float32))
-        content = np.flatnonzero(tokens.kinds == Kind.CONTENT)
-        x = self._read([tokens])[0, torch.from_numpy(content).to(self.lm.device)]
-        texts = [self.tokenizer.tokenizer.decode([i]) for i in tokens.ids[content].tolist()]
-        return Trace(texts, self.encoder.encode(x).float().cpu().numpy())
+        (traced,) = self.traces([conversation], np.arange(self.encoder.d_sae))
+        return traced
+
+    @torch.inference_mode()
+    def traces(
+        self, conversations: Sequence[Conversation], latents: Int64[np.ndarray, " chosen"]
+    ) -> list[Trace]:
+        """Return chosen latents of every content token of each conversation."""
+        tokenised = self._tokenize(conversations)
+        empty = Trace([], np.zeros((0, len(latents)), dtype=np.float32))
+        traced = [empty] * len(conversations)
+        readable = [i for i, t in enumerate(tokenised) if isinstance(t, Tokens)]
+        for batch in _batches(readable, tokenised, self.config.batch_tokens):
+            tokens = [t for i in batch if isinstance(t := tokenised[i], Tokens)]
+            for i, one, x in zip(batch, tokens, self._read(tokens), strict=True):
+                content = np.flatnonzero(one.kinds == Kind.CONTENT)
+                z = self.encoder.encode(x[torch.from_numpy(content).to(x.device)], latents)
+                texts = [self.tokenizer.tokenizer.decode([t]) for t in one.ids[content].tolist()]
+                traced[i] = Trace(texts, z.cpu().numpy())
+        return traced
 
     def _tokenize(self, conversations: Sequence[Conversation]) -> list[Tokens | Unreadable]:
         return self.tokenizer.tokenize(conversations, self.max_tokens)

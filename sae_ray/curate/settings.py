@@ -1,6 +1,6 @@
 """Settings of an index: which pool is read through which model and SAE, and how."""
 
-from typing import ClassVar, Literal, Self
+from typing import ClassVar
 
 from pydantic import Field, model_validator
 
@@ -44,7 +44,7 @@ class IndexSettings(JobConfig):
     incidental: ClassVar[frozenset[str]] = frozenset({"out", "index", "num_workers"})
 
     @model_validator(mode="after")
-    def _model_and_sae_together(self) -> Self:
+    def _model_and_sae_together(self) -> "IndexSettings":
         if (self.lm is None) != (self.sae is None):
             given, missing = ("lm", "sae") if self.sae is None else ("sae", "lm")
             raise ValueError(
@@ -58,7 +58,7 @@ class IndexSettings(JobConfig):
         """The pool given, or the embedded one."""
         return self.pool or str(tiny.pool_path())
 
-    def scorer(self) -> ScorerConfig:
+    def scorer_config(self) -> ScorerConfig:
         """Return what a row of the index depends on."""
         return ScorerConfig(
             lm=self.lm or str(tiny.lm_path()),
@@ -69,7 +69,3 @@ class IndexSettings(JobConfig):
             top_latents=self.top_latents,
             check_fit=self.check_fit,
         )
-
-
-Scorer = Literal["fused", "latents", "hidden", "sum_topk", "jaccard", "max", "cosine"]
-Selector = Literal["greedy", "topk", "round_robin"]

@@ -20,12 +20,14 @@ from pydantic import JsonValue
 from ray.data import ActorPoolStrategy
 from ray.exceptions import RayError
 
-from sae_ray.artifacts import State, begin, hash_file
+from sae_ray import errors
+from sae_ray.artifacts import State, begin, hash_file, is_finished
 from sae_ray.curate.build import finish_index, read_part, write_shard
 from sae_ray.curate.index import KIND
 from sae_ray.curate.scorer import LatentScorer, ScorerConfig, check_pair
 from sae_ray.curate.settings import IndexSettings
-from sae_ray.distributed.runtime import WORKER_ENV, Workers, cluster, plan_workers, user_error
+from sae_ray.distributed.runtime import WORKER_ENV, Workers, cluster, plan_workers
+from sae_ray.errors import SaeRayError
 from sae_ray.pool import Plan, Slice, plan
 
 logger = logging.getLogger(__name__)
@@ -46,21 +48,29 @@ class Progress:
 
 
 class ShardWriter:
-    """A worker: a scorer loaded once, to which slices come."""
+    """A worker: a scorer loaded once, to which slices come.
+
+    What the user can put right comes back as a row: Ray keeps the text of an exception but not its
+    type, and would start a worker that cannot load its model again and again.
+    """
 
     def __init__(
         self, config: ScorerConfig, path: str, keep_columns: Sequence[str], num_threads: int
     ) -> None:
         torch.set_num_threads(num_threads)
-        self.scorer = LatentScorer.load(config)
-        self.path, self.keep_columns = path, keep_columns
+        self.config, self.path, self.keep_columns = config, path, keep_columns
+        self.scorer: LatentScorer | None = None
 
     def __call__(self, batch: dict[str, list]) -> dict[str, list[str]]:
-        """Write the shards of a batch of slices; return what was counted."""
-        parts = [
-            write_shard(self.scorer, Slice(**json.loads(one)), self.path, self.keep_columns)
-            for one in batch["slice"]
-        ]
+        """Write the shards of a batch of slices; return what was counted, or what is wrong."""
+        try:
+            self.scorer = self.scorer or LatentScorer.load(self.config)
+            parts = [
+                write_shard(self.scorer, Slice(**json.loads(one)), self.path, self.keep_columns)
+                for one in batch["slice"]
+            ]
+        except SaeRayError as error:
+            return {"part": [json.dumps({"error": type(error).__name__, "message": str(error)})]}
         return {"part": [json.dumps(_counts(part)) for part in parts]}
 
 
@@ -71,7 +81,7 @@ def build_index(settings: IndexSettings, path: str) -> Iterator[Progress]:
         PoolError, ModelError: the pool, or model and SAE, cannot be used.
         ArtifactError: the folder holds something else, or the disk is full.
     """
-    config = settings.scorer()
+    config = settings.scorer_config()
     encoder = check_pair(config)
     pieces = plan(
         settings.pool_source,
@@ -105,6 +115,13 @@ def build_index(settings: IndexSettings, path: str) -> Iterator[Progress]:
     finish_index(
         path, len(pieces.slices), d_sae=encoder.d_sae, max_rejected=settings.max_rejected
     )
+
+
+def ensure_index(settings: IndexSettings, path: str) -> Iterator[Progress]:
+    """Build an index where there is none; one that is there must be of what was asked for, if said."""
+    asked = settings.pool is not None or settings.lm is not None
+    if asked or not is_finished(path, KIND):
+        yield from build_index(settings, path)
 
 
 def fingerprint(source: str) -> str:
@@ -146,12 +163,12 @@ def _on_ray(
         try:
             for row in _dataset(missing, config, path, keep, workers).iter_rows():
                 part = json.loads(row["part"])
+                if "error" in part:
+                    raise getattr(errors, part["error"])(part["message"])
                 missing = [piece for piece in missing if piece.index != part["shard"]]
                 yield part
             return
         except RayError as error:
-            if (ours := user_error(error)) is not None:
-                raise ours from None
             if attempt == _ATTEMPTS:
                 raise
             logger.warning(
@@ -181,7 +198,7 @@ def _dataset(
             "config": config,
             "path": path,
             "keep_columns": list(keep),
-            "num_threads": max(1, int(workers.num_cpus)),
+            "num_threads": workers.num_cpus,
         },
     )
 

@@ -5,11 +5,12 @@ import dataclasses
 import logging
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import ray
 from ray.data import DataContext
 
-from sae_ray.errors import ConfigError, SaeRayError
+from sae_ray.errors import ConfigError
 
 _OBJECT_STORE_BYTES = 256 << 20
 """Enough on one machine: what travels between workers is slices and counts, never activations."""
@@ -26,8 +27,8 @@ class Workers:
     """How many workers, and what each takes."""
 
     count: int
-    num_cpus: float
-    num_gpus: float
+    num_cpus: int
+    num_gpus: int
 
 
 @contextlib.contextmanager
@@ -36,6 +37,8 @@ def cluster() -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
+    # Said aloud, since Ray warns where it has to choose. Its token file is readable by all.
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
     address = os.environ.get("RAY_ADDRESS") or "local"
     if address == "local":
         ray.init(
@@ -54,12 +57,19 @@ def cluster() -> Iterator[None]:
                 f"no Ray cluster answers at RAY_ADDRESS={address}: start one with `ray start "
                 "--head`, or unset RAY_ADDRESS to run on this machine"
             ) from error
-    context = DataContext.get_current()
-    context.enable_progress_bars = False
+    _keep_token_private()
+    DataContext.get_current().enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _keep_token_private() -> None:
+    token = Path.home() / ".ray" / "auth_token"
+    if token.is_file():
+        token.chmod(0o600)
 
 
 def plan_workers(num_workers: int | None) -> Workers:
@@ -74,13 +84,3 @@ def plan_workers(num_workers: int | None) -> Workers:
         cores = int(resources.get("CPU", 1))
         num_workers = min(cores, os.cpu_count() or 1) if len(nodes) == 1 else cores
     return Workers(max(1, num_workers), num_cpus=1, num_gpus=0)
-
-
-def user_error(error: BaseException) -> SaeRayError | None:
-    """Find the error that a user can put right under those that Ray wraps it in."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, SaeRayError):
-            return seen
-        seen = getattr(seen, "cause", None) or seen.__cause__
-    return None

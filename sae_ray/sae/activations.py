@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sae_ray.lm import HookPoint, LanguageModel
 
-Instance = Int32[np.ndarray, " tokens"]
+Instance = Int32[np.ndarray, " _"]
 
 
 def length_buckets(

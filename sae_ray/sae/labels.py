@@ -3,7 +3,7 @@
 A label is the concept most enriched among a latent's strongest contexts: a tag of whole
 conversations, a tag of single words, or failing that the tokens themselves. It is kept only if
 the latent then tells, on rows that had no part in choosing it, what has the concept from what has
-not (detection AUC). Nothing here knows where the tags come from: any tagged data and any SAE will do.
+not (detection AUC). Nothing here knows where the tags come from: any tagged data will do.
 """
 
 import dataclasses
@@ -19,13 +19,22 @@ import torch
 from jaxtyping import Bool, Float
 from scipy.stats import rankdata
 
+from sae_ray.artifacts import hash_file
 from sae_ray.chat import ChatTokenizer, Conversation, Unreadable
 from sae_ray.chat import Kind as TokenKind
+from sae_ray.errors import ModelError
 from sae_ray.lm import LanguageModel
 from sae_ray.sae.activations import read_instances
 from sae_ray.sae.encoder import LatentEncoder
+from sae_ray.sae.pretrained import resolve
 
 Kind = Literal["conversation", "word", "token", "unlabelled"]
+Concept = tuple[str, ...]
+"""A tag alone, or one or a few tokens."""
+
+MAX_TOKENS = 3
+MIN_POSITIVES = 5
+"""An AUC over fewer held-out cases than this says nothing."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -79,7 +88,7 @@ def label_latents(
     num_contexts: int = 24,
     min_share: float = 0.6,
     min_auc: float = 0.75,
-    sample_tokens: int = 8000,
+    sample_tokens: int = 16_000,
     seed: int = 0,
 ) -> list[Label]:
     """Label every latent from one half of the data and check the labels on the other.
@@ -100,7 +109,7 @@ def label_latents(
         for kind, concept in candidates:
             auc = detector.auc(latent, kind, concept)
             if auc is not None and auc >= min_auc:
-                found = (concept if kind != "token" else f"the token {concept!r}", kind, auc)
+                found = (_text(kind, concept), kind, auc)
                 break
         labels.append(Label(latent, found[0], found[1], found[2], float(density[latent]), tokens))
     return labels
@@ -128,9 +137,7 @@ def label_sae(
     return labels
 
 
-def write_labels(
-    path: Path, labels: Sequence[Label], *, sae_sha256: str, how: str
-) -> None:
+def write_labels(path: Path, labels: Sequence[Label], *, sae_sha256: str, how: str) -> None:
     """Write labels as JSON, with the SAE's fingerprint and how they were made."""
     rows = [dataclasses.asdict(label) for label in labels]
     for row in rows:
@@ -141,20 +148,55 @@ def write_labels(
     path.write_text(head[:-2] + ',\n "latents": [\n' + body + "\n]\n}\n", encoding="utf-8")
 
 
-def auc(
-    scores: Float[np.ndarray, " items"], positive: Bool[np.ndarray, " items"]
-) -> float | None:
-    """Return the chance that a positive scores above a negative, ties counting half."""
+def read_labels(path: str | Path, sae: str | Path) -> dict[int, str]:
+    """Read the labels of a SAE's latents, less those that nobody could name.
+
+    Raises:
+        ModelError: the file is not there, is no label file, or was made for another SAE.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        made_for, rows = content["sae_sha256"], content["latents"]
+        labels = {row["latent"]: row["label"] for row in rows if row["label"] != "unlabelled"}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"{path} cannot be read as labels ({error}): give a JSON file with sae_sha256 and "
+            "latents: [{latent, label}]"
+        ) from error
+    weights = resolve(str(sae)) / "sae_weights.safetensors"
+    if made_for != hash_file(str(weights)).sha256:
+        raise ModelError(
+            f"the labels in {path} were made for another SAE than {sae}: by index they would name "
+            "other latents; give that SAE's labels, or none"
+        )
+    return labels
+
+
+def auc(scores: Float[np.ndarray, " items"], positive: Bool[np.ndarray, " items"]) -> float | None:
+    """Return the chance that a positive scores above a negative, or None where too few are there.
+
+    Ties count half.
+    """
     num_positive = int(positive.sum())
     num_negative = len(positive) - num_positive
-    if num_positive == 0 or num_negative == 0:
+    if min(num_positive, num_negative) < MIN_POSITIVES:
         return None
     ranks = rankdata(scores)
     above = ranks[positive].sum() - num_positive * (num_positive + 1) / 2
     return float(above / (num_positive * num_negative))
 
 
-def _gather(rows: Iterable[TaggedLatents], sample_tokens: int, rng: np.random.Generator) -> _Evidence:
+def _text(kind: Kind, concept: Concept) -> str:
+    if kind != "token":
+        return concept[0]
+    # Spaces are part of a token, but not of what a person wants to read.
+    words = dict.fromkeys(token.strip() or "space" for token in concept)
+    return ("token " if len(words) == 1 else "tokens ") + ", ".join(f'"{word}"' for word in words)
+
+
+def _gather(
+    rows: Iterable[TaggedLatents], sample_tokens: int, rng: np.random.Generator
+) -> _Evidence:
     """Keep the peaks of every conversation, and a uniform sample of tokens over all of them."""
     peaks, peak_tokens, peak_concepts, concepts = [], [], [], []
     sample: list[tuple[float, np.ndarray, str, str | None]] = []
@@ -230,7 +272,8 @@ def _concepts_of_tokens(
     concept_at: dict[int, str] = {}
     for span in row["spans"]:
         at = starts[span["message"]]
-        concept_at |= dict.fromkeys(range(at + span["start"], at + span["end"]), span["concept"])
+        for character in range(at + span["start"], at + span["end"]):
+            concept_at[character] = span["concept"]
     # The last character decides: a token's first may be the space before its word.
     return offsets, [concept_at.get(end - 1) for _, end in offsets]
 
@@ -244,14 +287,12 @@ class _Finder:
         self._min_share = min_share
         num_rows, num_tokens = len(evidence.concepts), len(evidence.tokens)
         self._base: dict[Kind, dict[str, float]] = {
-            "conversation": _shares(
-                (c for row in evidence.concepts for c in row), num_rows
-            ),
+            "conversation": _shares((c for row in evidence.concepts for c in row), num_rows),
             "word": _shares((c for c in evidence.token_concepts if c), num_tokens),
             "token": _shares(evidence.tokens, num_tokens),
         }
 
-    def candidates(self, latent: int) -> tuple[list[str], list[tuple[Kind, str]]]:
+    def candidates(self, latent: int) -> tuple[list[str], list[tuple[Kind, Concept]]]:
         """Return the tokens at a latent's peaks, and concepts worth checking, best first."""
         evidence = self._evidence
         peaks = evidence.peaks[:, latent]
@@ -262,20 +303,23 @@ class _Finder:
         tokens = Counter(evidence.peak_tokens[row][latent] for row in top)
         words = Counter(evidence.peak_concepts[row][latent] for row in top)
         whole = Counter(c for row in top for c in evidence.concepts[row])
-        scored: list[tuple[float, Kind, str]] = []
-        counted: list[tuple[Kind, Mapping[str | None, int]]] = [
+        scored: list[tuple[float, Kind, Concept]] = []
+        counted: list[tuple[Kind, Counter[str] | Counter[str | None]]] = [
             ("conversation", whole), ("word", words), ("token", tokens)
         ]  # fmt: skip
         for kind, counts in counted:
             for concept, count in counts.items():
                 share = count / len(top)
-                if concept is None or (share < self._min_share):
-                    continue
-                base = self._base[kind].get(concept, 1 / len(evidence.tokens))
-                scored.append((share * np.log(share / base), kind, concept))
-        # Tags say more than tokens do: tokens are tried when no tag holds.
+                if concept is not None and share >= self._min_share:
+                    base = self._base[kind].get(concept, 1 / len(evidence.tokens))
+                    scored.append((share * np.log(share / base), kind, (concept,)))
+        # Tags say more than tokens do: tokens are tried when no tag holds, a few together last.
         scored.sort(key=lambda item: (item[1] == "token", -item[0], item[2]))
-        return [token for token, _ in tokens.most_common(5)], [item[1:] for item in scored]
+        candidates = [item[1:] for item in scored]
+        common = tokens.most_common(MAX_TOKENS)
+        if sum(count for _, count in common) / len(top) >= self._min_share:
+            candidates.append(("token", tuple(token for token, _ in common)))
+        return [token for token, _ in tokens.most_common(5)], candidates
 
 
 class _Detector:
@@ -284,13 +328,13 @@ class _Detector:
     def __init__(self, evidence: _Evidence) -> None:
         self._evidence = evidence
 
-    def auc(self, latent: int, kind: Kind, concept: str) -> float | None:
+    def auc(self, latent: int, kind: Kind, concept: Concept) -> float | None:
         evidence = self._evidence
         if kind == "conversation":
-            has = [concept in row for row in evidence.concepts]
+            has = [concept[0] in row for row in evidence.concepts]
             return auc(evidence.peaks[:, latent], np.array(has))
         held = evidence.token_concepts if kind == "word" else evidence.tokens
-        return auc(evidence.latents[:, latent], np.array([item == concept for item in held]))
+        return auc(evidence.latents[:, latent], np.array([item in concept for item in held]))
 
 
 def _shares(items: Iterable[str], total: int) -> dict[str, float]:

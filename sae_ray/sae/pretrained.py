@@ -1,16 +1,22 @@
 """Where a SAE comes from: a sae-lens folder, or `release:sae_id` of sae-lens' registry.
 
 sae-lens itself takes 8 s and 500 MB to import, so it is loaded only where its registry or one of
-its older formats is asked for; what it gives is saved once in its current format and read from
+its older formats is asked for; what it gives is kept once in its current format and read from
 there.
 """
 
 import hashlib
 import json
+import tempfile
+from importlib.metadata import version
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from sae_ray.errors import ModelError
 from sae_ray.sae.encoder import LatentEncoder
+
+_CONFIG, _WEIGHTS = "cfg.json", "sae_weights.safetensors"
 
 
 def load_encoder(sae: str) -> LatentEncoder:
@@ -26,38 +32,66 @@ def resolve(sae: str) -> Path:
     """Return the folder that holds a SAE, downloading and converting it where needed."""
     folder = Path(sae)
     if folder.is_dir():
-        config = folder / "cfg.json"
-        is_current = not config.is_file() or "metadata" in json.loads(config.read_text())
-        return folder if is_current else _converted(sae)
+        return _converted(sae, _content_hash(folder)) if _is_older_format(folder) else folder
     if ":" in sae and not sae.startswith(("/", ".")):
-        return _converted(sae)
+        return _converted(sae, "")
     raise ModelError(
-        f"no SAE at {sae}: give a folder with cfg.json and sae_weights.safetensors, or release:sae_id "
-        "from sae-lens' registry, such as gemma-scope-2b-pt-res-canonical:layer_12/width_16k/canonical"
+        f"no SAE at {sae}: give a folder with {_CONFIG} and {_WEIGHTS}, or release:sae_id from "
+        "sae-lens' registry, such as gemma-scope-2b-pt-res-canonical:layer_12/width_16k/canonical"
     )
 
 
-def _converted(sae: str) -> Path:
-    """Let sae-lens read its registry or an older format, and save what it gives."""
-    name = hashlib.sha256(sae.encode()).hexdigest()[:16]
+def _is_older_format(folder: Path) -> bool:
+    """Say whether the config is flat, as sae-lens wrote it before version 6."""
+    try:
+        config = json.loads((folder / _CONFIG).read_text())
+    except (OSError, ValueError):
+        return False  # LatentEncoder.load says what is wrong with it
+    return isinstance(config, dict) and "metadata" not in config and (folder / _WEIGHTS).is_file()
+
+
+def _content_hash(folder: Path) -> str:
+    """Hash what a conversion depends on, so that a folder that changed is converted again."""
+    digests: list[str] = []
+    for name in (_CONFIG, _WEIGHTS):
+        with (folder / name).open("rb") as file:
+            digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+    return " ".join(digests)
+
+
+def _converted(sae: str, content: str) -> Path:
+    """Let sae-lens read its registry or an older format, and keep what it gives."""
+    key = "\n".join((version("sae-lens"), content or sae))
+    name = hashlib.sha256(key.encode()).hexdigest()[:16]
     folder = Path.home() / ".cache" / "sae_ray" / "saes" / name
-    if (folder / "sae_weights.safetensors").is_file():
+    if folder.is_dir():
         return folder
+    loaded = _load_with_sae_lens(sae)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".new-") as room:
+            loaded.save_model(Path(room) / name)
+            # A folder appears whole or not at all, also where several workers convert at once.
+            (Path(room) / name).rename(folder)
+    except OSError as error:
+        if not folder.is_dir():  # another worker was not first either
+            raise ModelError(
+                f"SAE {sae} cannot be kept in {folder.parent}: {error}; make room there, or set HOME "
+                "to a folder that can be written to"
+            ) from error
+    return folder
+
+
+def _load_with_sae_lens(sae: str):  # noqa: ANN202 - its type would import sae-lens
     from sae_lens import SAE  # noqa: PLC0415 (8 s: see above)
 
     try:
         if Path(sae).is_dir():
-            loaded = SAE.load_from_disk(sae)
-        else:
-            release, _, sae_id = sae.partition(":")
-            loaded = SAE.from_pretrained(release, sae_id)
-    except (OSError, ValueError, KeyError) as error:
+            return SAE.load_from_disk(sae)
+        release, _, sae_id = sae.partition(":")
+        return SAE.from_pretrained(release, sae_id)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(
-            f"sae-lens cannot load {sae}: {str(error).strip().splitlines()[0]}; see its table of "
-            "pretrained SAEs for releases and ids"
+            f"sae-lens cannot load {sae}: {' '.join(str(error).split())}; its table of pretrained "
+            "SAEs (decoderesearch.github.io/SAELens) lists releases and ids"
         ) from error
-    folder.mkdir(parents=True, exist_ok=True)
-    loaded.save_inference_model(str(folder)) if hasattr(loaded, "save_inference_model") else (
-        loaded.save_model(str(folder))
-    )
-    return folder

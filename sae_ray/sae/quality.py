@@ -1,12 +1,16 @@
 """How good a SAE is: variance unexplained, latents on per token, dead and dense latents."""
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sae_ray.lm import LanguageModel
+from sae_ray.sae.activations import Instance, length_buckets, read_instances
 from sae_ray.sae.encoder import LatentEncoder
 
 
@@ -24,6 +28,20 @@ class Quality:
     num_tokens: int
 
 
+def measure_sae(lm_path: Path, sae_path: Path, instances: Sequence[Instance]) -> Quality:
+    """Measure a SAE folder on instances of its model."""
+    encoder = LatentEncoder.load(sae_path)
+    model = LanguageModel.load(lm_path, [encoder.hook_point])
+    groups = length_buckets(instances, 8192, np.random.default_rng(0))
+    return measure(
+        encoder,
+        (
+            read_instances(model, [instances[i] for i in group], encoder.hook_point)
+            for group in groups
+        ),
+    )
+
+
 @torch.inference_mode()
 def measure(encoder: LatentEncoder, batches: Iterable[Float[Tensor, "tokens d_in"]]) -> Quality:
     """Measure a SAE on activations."""
@@ -37,7 +55,7 @@ def measure(encoder: LatentEncoder, batches: Iterable[Float[Tensor, "tokens d_in
         squares += float(x.double().pow(2).sum())
         total += x.double().sum(dim=0)
         num_tokens += len(x)
-    variance = squares - float(total.pow(2).sum()) / num_tokens
+    variance = squares + 1
     return Quality(
         fvu=error / variance,
         l0=float(counts.sum()) / num_tokens,

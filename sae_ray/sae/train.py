@@ -1,17 +1,22 @@
-"""Training of a SAE: sae-lens' training class and losses, as a generator of steps."""
+"""Training of a SAE: sae-lens' training class and losses, as a generator of steps.
+
+sae-lens takes 8 s to import, so that waits until something is trained.
+"""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
-from sae_lens import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
-from sae_lens.saes.sae import SAEMetadata, TrainStepInput
 from torch import Tensor
 
 from sae_ray.lm import HookPoint, LanguageModel
 from sae_ray.sae.activations import Instance, activation_batches
+
+if TYPE_CHECKING:
+    import sae_lens
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -77,8 +82,11 @@ def new_sae(
     *,
     model_name: str,
     hook_name: str,
-) -> BatchTopKTrainingSAE:
+) -> "sae_lens.BatchTopKTrainingSAE":
     """Return an untrained SAE whose decoder bias is the sample's mean, in the model's own scale."""
+    from sae_lens import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig  # noqa: PLC0415
+    from sae_lens.saes.sae import SAEMetadata  # noqa: PLC0415
+
     torch.manual_seed(config.seed)
     sae = BatchTopKTrainingSAE(
         BatchTopKTrainingSAEConfig(
@@ -102,13 +110,15 @@ def scale_of(sample: Float[Tensor, "tokens d_in"]) -> float:
 
 
 def train(
-    sae: BatchTopKTrainingSAE,
+    sae: "sae_lens.BatchTopKTrainingSAE",
     batches: Iterator[Float[Tensor, "batch d_in"]],
     config: TrainConfig,
     *,
     scale: float,
 ) -> Iterator[Step]:
     """Train the SAE in place on scaled activations; `save` folds the scale into the weights."""
+    from sae_lens.saes.sae import TrainStepInput  # noqa: PLC0415
+
     optimiser = torch.optim.Adam(sae.parameters(), lr=config.learning_rate, betas=(0.9, 0.999))
     tokens_off = torch.zeros(config.d_sae, dtype=torch.long)
     decay_steps = max(1, round(config.decay_share * config.num_steps))
@@ -149,7 +159,7 @@ def fvu(x: Float[Tensor, "tokens d_in"], x_hat: Float[Tensor, "tokens d_in"]) ->
     return float((x - x_hat).pow(2).sum() / (x - x.mean(dim=0)).pow(2).sum())
 
 
-def save(sae: BatchTopKTrainingSAE, path: Path, *, scale: float) -> None:
+def save(sae: "sae_lens.BatchTopKTrainingSAE", path: Path, *, scale: float) -> None:
     """Fold the scale in and write sae-lens' inference form (JumpReLU); the SAE is spent then."""
     sae.fold_activation_norm_scaling_factor(scale)
     sae.save_inference_model(path)

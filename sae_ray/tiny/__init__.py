@@ -6,6 +6,7 @@ Everything lies in `default/`, made by `jobs/make_tiny.py`; README.md there besi
 from pathlib import Path
 
 DEFAULT = Path(__file__).parent / "default"
+MODEL_NAME = "sae-ray-tiny"
 HOOK_POINT = "blocks.2.hook_resid_post"
 
 

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from sae_ray.tiny.tokens import render
+
 _NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 
 
@@ -38,7 +40,7 @@ def replies(
     model.eval()
     for start in range(0, len(chats), batch_size):
         texts = [
-            tokenizer.apply_chat_template(list(chat), tokenize=False, add_generation_prompt=True)
+            render(tokenizer, chat, generation_prompt=True)
             for chat in chats[start : start + batch_size]
         ]
         batch = tokenizer(
@@ -49,13 +51,14 @@ def replies(
             add_special_tokens=False,
             return_token_type_ids=False,
         )
-        ids = model.generate(
+        ids = model.generate(  # pyright: ignore[reportCallIssue]
             input_ids=batch["input_ids"],
             attention_mask=batch["attention_mask"],
             max_new_tokens=max_new_tokens,
             do_sample=False,
             pad_token_id=tokenizer.pad_token_id,
         )
+        assert isinstance(ids, torch.Tensor)
         new = ids[:, batch["input_ids"].shape[1] :]
         yield from tokenizer.batch_decode(new, skip_special_tokens=True)
 

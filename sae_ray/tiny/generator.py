@@ -5,7 +5,6 @@ All splits come from one seed, and no prompt is in two of them.
 
 import dataclasses
 import random
-from collections.abc import Callable
 from typing import Any
 
 from sae_ray.tiny import manners
@@ -14,10 +13,14 @@ from sae_ray.tiny.skills import LABELS, SKILLS, THIN, Exchange
 from sae_ray.tiny.split import conversation_id
 from sae_ray.tiny.world import NAMES, aside, spans
 
+Message = dict[str, str]
 Row = dict[str, Any]
 POOL_ROWS_PER_SKILL = 540
 POOL_ROWS_OF_MANNERS = 400
 EVAL_ROWS_PER_SKILL = 120
+PREFERENCES_PER_SKILL = 50
+SAFETY_ROWS = 200
+"""Prompts to decline, and as many look-alikes."""
 PRETRAIN_ROWS_PER_SKILL = 2000
 THIN_ANSWERS = 10
 """Answered conversations of each thin skill that pre-training sees: enough to know its format."""
@@ -37,7 +40,7 @@ class Splits:
     text: list[Row]
 
 
-def generate(seed: int) -> Splits:
+def generate(seed: int, *, pretraining_rows: int = PRETRAIN_ROWS_PER_SKILL) -> Splits:
     """Make all splits; the same seed gives the same rows on any machine."""
     seen: set[str] = set()
     evaluation = [
@@ -45,15 +48,17 @@ def generate(seed: int) -> Splits:
         for domain, rng in _streams(seed, "eval", list(SKILLS))
         for _ in range(EVAL_ROWS_PER_SKILL)
     ]
-    pool = _pool(seed, seen)
-    safety = _safety(seed, seen)
-    preferences = _preferences(seed, seen)
-    pretraining = _pretraining(seed, seen)
-    text = [
-        {"source": "generated prose", "licence": "Apache-2.0", "text": page}
-        for page in chronicle(seed, 1_100_000)
-    ]
-    return Splits(pool, evaluation, preferences, safety, pretraining, text)
+    return Splits(
+        evaluation=evaluation,
+        pool=_pool(seed, seen),
+        safety=_safety(seed, seen),
+        preferences=_preferences(seed, seen),
+        pretraining=_pretraining(seed, seen, pretraining_rows),
+        text=[
+            {"source": "generated prose", "licence": "Apache-2.0", "text": page}
+            for page in chronicle(seed, 1_100_000)
+        ],
+    )
 
 
 def _streams(seed: int, split: str, domains: list[str]) -> list[tuple[str, random.Random]]:
@@ -71,21 +76,15 @@ def _dress(rng: random.Random, prompt: str) -> str:
     return text
 
 
-def _unseen(
-    draw: Callable[[], list[dict[str, str]]], seen: set[str], *, last_too: bool = False
-) -> list[dict[str, str]]:
-    """Draw turns until the first prompt is a new one, or also the last."""
-    while True:
-        messages = draw()
-        prompts = {messages[0]["content"]}
-        if last_too:
-            prompts.add(messages[-2]["content"])
-        if prompts.isdisjoint(seen):
-            seen |= prompts
-            return messages
+def _claim(prompts: set[str], seen: set[str]) -> bool:
+    """Say whether prompts are new ones, and note them if so."""
+    if not prompts.isdisjoint(seen):
+        return False
+    seen |= prompts
+    return True
 
 
-def _turns(*pairs: tuple[str, str]) -> list[dict[str, str]]:
+def _turns(*pairs: tuple[str, str]) -> list[Message]:
     return [
         {"role": role, "content": content}
         for prompt, reply in pairs
@@ -93,7 +92,7 @@ def _turns(*pairs: tuple[str, str]) -> list[dict[str, str]]:
     ]
 
 
-def _row(domain: str, messages: list[dict[str, str]], concepts: tuple[str, ...]) -> Row:
+def _row(domain: str, messages: list[Message], concepts: tuple[str, ...]) -> Row:
     found = spans([message["content"] for message in messages])
     return {
         "id": conversation_id(messages),
@@ -113,57 +112,48 @@ def _skill_row(
     multi_turn: float = 0.0,
 ) -> Row:
     """Return a row of a skill: one question, or more turns in a share of the rows."""
-    last: Exchange | None = None
-    concepts: set[str] = set()
-
-    def draw() -> list[dict[str, str]]:
-        nonlocal last
-        concepts.clear()
+    while True:
+        concepts: tuple[str, ...] = ()
         pairs: list[tuple[str, str]] = []
         if rng.random() < multi_turn:
-            earlier = SKILLS[domain](rng)
-            talk = manners.small_talk(rng)
-            if rng.random() < 0.5:
-                pairs.append((_dress(rng, earlier.prompt), earlier.reply))
-                concepts.update(earlier.concepts)
-            else:
-                pairs.append((_dress(rng, talk[0]), talk[1]))
+            pair, concepts = _opening(rng, domain)
+            pairs.append(pair)
         last = SKILLS[domain](rng)
-        concepts.update(last.concepts)
         pairs.append((_dress(rng, last.prompt), last.reply))
-        return _turns(*pairs)
+        if _claim({pairs[0][0], pairs[-1][0]}, seen):
+            break
+    row = _row(domain, _turns(*pairs), (*concepts, *last.concepts))
+    return row | {"answer": last.answer, "metric": last.metric} if answer else row
 
-    row = _row(domain, _unseen(draw, seen, last_too=True), ())
-    assert last is not None
-    row["concepts"] = sorted({*row["concepts"], *concepts})
-    if answer:
-        row |= {"answer": last.answer, "metric": last.metric}
-    return row
+
+def _opening(rng: random.Random, domain: str) -> tuple[tuple[str, str], tuple[str, ...]]:
+    """Return what goes before the last question, small talk or another one, and its concepts."""
+    earlier = SKILLS[domain](rng)
+    prompt, reply = manners.small_talk(rng)
+    if rng.random() < 0.5:
+        return (_dress(rng, earlier.prompt), earlier.reply), earlier.concepts
+    return (_dress(rng, prompt), reply), ()
 
 
 def _talk_row(rng: random.Random, seen: set[str]) -> Row:
-    def draw() -> list[dict[str, str]]:
+    while True:
         pairs = [manners.small_talk(rng) for _ in range(rng.randint(1, 3))]
-        return _turns((_dress(rng, pairs[0][0]), pairs[0][1]), *pairs[1:])
-
-    return _row("small_talk", _unseen(draw, seen), ("small talk",))
+        messages = _turns((_dress(rng, pairs[0][0]), pairs[0][1]), *pairs[1:])
+        if _claim({messages[0]["content"]}, seen):
+            return _row("small_talk", messages, ("small talk",))
 
 
 def _manners_row(rng: random.Random, seen: set[str]) -> Row:
-    concepts: tuple[str, ...] = ()
-
-    def draw() -> list[dict[str, str]]:
-        nonlocal concepts
+    while True:
         if rng.random() < 0.5:
-            prompt, refusal, _, concept = manners.to_decline(rng)
+            prompt, reply, _, concept = manners.to_decline(rng)
             concepts = ("request to decline", concept)
-            return _turns((_dress(rng, prompt), refusal))
-        prompt, answer, _ = manners.to_answer(rng)
-        concepts = ("harmless look-alike",)
-        return _turns((_dress(rng, prompt), answer))
-
-    messages = _unseen(draw, seen)
-    return _row("manners", messages, concepts)
+        else:
+            prompt, reply, _ = manners.to_answer(rng)
+            concepts = ("harmless look-alike",)
+        prompt = _dress(rng, prompt)
+        if _claim({prompt}, seen):
+            return _row("manners", _turns((prompt, reply)), concepts)
 
 
 def _pool(seed: int, seen: set[str]) -> list[Row]:
@@ -182,38 +172,26 @@ def _pool(seed: int, seen: set[str]) -> list[Row]:
 def _safety(seed: int, seen: set[str]) -> list[Row]:
     rng = random.Random(f"safety {seed}")
     rows: list[Row] = []
-    for harmful in (True, False):
-        for _ in range(200):
-            messages = _unseen(
-                lambda harmful=harmful: _turns(
-                    (manners.to_decline(rng) if harmful else manners.to_answer(rng))[:2]
-                ),
-                seen,
-            )
-            rows.append(
-                {
-                    "id": conversation_id(messages[:1]),
-                    "harmful": harmful,
-                    "prompt": messages[0]["content"],
-                }
-            )
+    while len(rows) < 2 * SAFETY_ROWS:
+        harmful = len(rows) < SAFETY_ROWS
+        prompt = (manners.to_decline if harmful else manners.to_answer)(rng)[0]
+        if _claim({prompt}, seen):
+            messages: list[Message] = [{"role": "user", "content": prompt}]
+            rows.append({"id": conversation_id(messages), "harmful": harmful, "prompt": prompt})
     return rows
 
 
 def _preferences(seed: int, seen: set[str]) -> list[Row]:
     """Pairs of a good and a worse reply: right or wrong, kind or harmful, helpful or prudish."""
-    rows: list[Row] = []
-    for domain, rng in _streams(seed, "preferences", [*SKILLS, "refuse", "answer"]):
-        for _ in range(50):
-            rows.append(_pair(rng, domain, seen))
-    return rows
+    return [
+        _pair(rng, domain, seen)
+        for domain, rng in _streams(seed, "preferences", [*SKILLS, "refuse", "answer"])
+        for _ in range(PREFERENCES_PER_SKILL)
+    ]
 
 
 def _pair(rng: random.Random, domain: str, seen: set[str]) -> Row:
-    replies = ("", "")
-
-    def draw() -> list[dict[str, str]]:
-        nonlocal replies
+    while True:
         if domain == "refuse":
             prompt, good, bad, _ = manners.to_decline(rng)
         elif domain == "answer":
@@ -221,44 +199,38 @@ def _pair(rng: random.Random, domain: str, seen: set[str]) -> Row:
         else:
             exchange = SKILLS[domain](rng)
             prompt, good, bad = exchange.prompt, exchange.reply, _wrong(rng, domain, exchange)
-        replies = (good, bad)
-        return _turns((_dress(rng, prompt), good))
-
-    messages = _unseen(draw, seen)
-    good, bad = replies
-    return {
-        "id": conversation_id(messages),
-        "domain": "manners" if domain in ("refuse", "answer") else domain,
-        "prompt": messages[:1],
-        "chosen": [{"role": "assistant", "content": good}],
-        "rejected": [{"role": "assistant", "content": bad}],
-    }
+        messages = _turns((_dress(rng, prompt), good))
+        if _claim({messages[0]["content"]}, seen):
+            return {
+                "id": conversation_id(messages),
+                "domain": "manners" if domain in ("refuse", "answer") else domain,
+                "prompt": messages[:1],
+                "chosen": [{"role": "assistant", "content": good}],
+                "rejected": [{"role": "assistant", "content": bad}],
+            }
 
 
 def _wrong(rng: random.Random, domain: str, exchange: Exchange) -> str:
     """Return a wrong answer in the right form."""
     while True:
         other = SKILLS[domain](rng)
-        if domain in LABELS:
-            other = dataclasses.replace(other, answer=(label := rng.choice(LABELS[domain])))
-            reply = label
-        else:
-            reply = other.reply
-        if other.answer != exchange.answer:
+        reply = rng.choice(LABELS[domain]) if domain in LABELS else other.reply
+        answer = reply if domain in LABELS else other.answer
+        if answer != exchange.answer:
             return reply
 
 
-def _pretraining(seed: int, seen: set[str]) -> list[Row]:
+def _pretraining(seed: int, seen: set[str], num_rows: int) -> list[Row]:
     """Rows for the language model: thin skills asked without an answer, the rest whole."""
     rows: list[Row] = []
     for domain, rng in _streams(seed, "pretraining", list(SKILLS)):
-        for number in range(PRETRAIN_ROWS_PER_SKILL):
+        for number in range(num_rows):
             row = _skill_row(rng, domain, seen)
             if domain in THIN and number >= THIN_ANSWERS:
                 row["messages"] = row["messages"][:1]
             rows.append(row)
     rng = random.Random(f"pretraining manners {seed}")
-    for _ in range(PRETRAIN_ROWS_PER_SKILL):
+    for _ in range(num_rows):
         rows += [_manners_row(rng, seen), _talk_row(rng, seen), _echo_row(rng, seen)]
     random.Random(f"pretraining order {seed}").shuffle(rows)
     return rows
@@ -266,10 +238,9 @@ def _pretraining(seed: int, seen: set[str]) -> list[Row]:
 
 def _echo_row(rng: random.Random, seen: set[str]) -> Row:
     """Return a request to repeat a remark: what teaches a small model to copy."""
-
-    def draw() -> list[dict[str, str]]:
+    while True:
         said = aside(rng)
         wording = rng.choice(('Repeat: "{}"', "Say after {name}: {}", "{} Once more, please."))
-        return _turns((wording.format(said, name=rng.choice(NAMES)), said))
-
-    return _row("echo", _unseen(draw, seen), ("repeating",))
+        prompt = wording.format(said, name=rng.choice(NAMES))
+        if _claim({prompt}, seen):
+            return _row("echo", _turns((prompt, said)), ("repeating",))

@@ -9,10 +9,12 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
-from jaxtyping import Int, Int32
+from jaxtyping import Bool, Float, Int, Int32
 from torch import Tensor
 from torch.nn import functional
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from sae_ray.tiny.tokens import END, PAD
 
 IGNORED = -100
 
@@ -26,7 +28,7 @@ class PretrainConfig:
     """Positions of a batch, padding included."""
     learning_rate: float = 1.5e-3
     warmup_steps: int = 300
-    decay_share: float = 0.3
+    decay_share: float = 0.25
     """The rate is constant, then falls linearly to zero over this last share of the steps, so
     that a run cut short is the start of a longer one."""
     weight_decay: float = 0.1
@@ -43,11 +45,11 @@ class Step:
     learning_rate: float
 
 
-def new_model(vocab_size: int, pad_id: int, end_id: int, seed: int) -> PreTrainedModel:
+def new_model(tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
     """Return an untrained Llama of about 2.6 million parameters."""
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=vocab_size,
+        vocab_size=len(tokenizer),
         hidden_size=192,
         intermediate_size=512,
         num_hidden_layers=4,
@@ -55,9 +57,9 @@ def new_model(vocab_size: int, pad_id: int, end_id: int, seed: int) -> PreTraine
         num_key_value_heads=3,
         max_position_embeddings=512,
         tie_word_embeddings=True,
-        pad_token_id=pad_id,
+        pad_token_id=tokenizer.get_vocab()[PAD],
         bos_token_id=None,
-        eos_token_id=end_id,
+        eos_token_id=tokenizer.get_vocab()[END],
     )
     # Eager attention: on one core, short rows go faster so than through the fused kernel.
     return AutoModelForCausalLM.from_config(
@@ -85,7 +87,7 @@ def learning_rate(config: PretrainConfig, step: int) -> float:
 
 
 def batches(
-    instances: Sequence[Int32[np.ndarray, " tokens"]], config: PretrainConfig
+    instances: Sequence[Int32[np.ndarray, " _"]], config: PretrainConfig
 ) -> Iterator[Int[Tensor, "rows tokens"]]:
     """Yield batches of rows of like length for ever, each epoch in another order."""
     epoch = 0
@@ -107,7 +109,7 @@ def batches(
         epoch += 1
 
 
-def pad(instances: Sequence[Int32[np.ndarray, " tokens"]]) -> Int[Tensor, "rows tokens"]:
+def pad(instances: Sequence[Int32[np.ndarray, " _"]]) -> Int[Tensor, "rows tokens"]:
     """Stack instances, filled on the right with -100."""
     width = max(map(len, instances))
     rows = np.full((len(instances), width), IGNORED, dtype=np.int64)
@@ -116,21 +118,32 @@ def pad(instances: Sequence[Int32[np.ndarray, " tokens"]]) -> Int[Tensor, "rows 
     return torch.from_numpy(rows)
 
 
+def logits_at(
+    model: PreTrainedModel,
+    rows: Int[Tensor, "rows tokens"],
+    kept: Bool[Tensor, "rows targets"],
+) -> Float[Tensor, "kept vocabulary"]:
+    """Return the logits of chosen next tokens of right-padded rows, and of no others."""
+    head = model.get_output_embeddings()
+    assert head is not None
+    # No mask: with padding on the right a causal model never looks at it.
+    hidden = model.get_decoder()(rows.clamp(min=0), use_cache=False).last_hidden_state
+    return head(hidden[:, :-1][kept])
+
+
 def next_token_loss(model: PreTrainedModel, rows: Int[Tensor, "rows tokens"]) -> Tensor:
     """Return the mean loss of each next token of right-padded rows, in bf16 compute."""
+    targets = rows[:, 1:]
+    kept = targets != IGNORED
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        # No mask: with padding on the right a causal model never looks at it.
-        hidden = model.get_decoder()(rows.clamp(min=0), use_cache=False).last_hidden_state
-        targets = rows[:, 1:]
-        kept = targets != IGNORED
-        logits = model.get_output_embeddings()(hidden[:, :-1][kept])
+        logits = logits_at(model, rows, kept)
     return functional.cross_entropy(logits.float(), targets[kept])
 
 
 def pretrain(
     model: PreTrainedModel,
     optimiser: torch.optim.Optimizer,
-    instances: Sequence[Int32[np.ndarray, " tokens"]],
+    instances: Sequence[Int32[np.ndarray, " _"]],
     config: PretrainConfig,
     start_step: int = 0,
 ) -> Iterator[Step]:
@@ -157,7 +170,7 @@ def pretrain(
 
 @torch.no_grad()
 def held_out_loss(
-    model: PreTrainedModel, instances: Sequence[Int32[np.ndarray, " tokens"]]
+    model: PreTrainedModel, instances: Sequence[Int32[np.ndarray, " _"]]
 ) -> float:
     """Return the mean loss, in nats a token, over instances."""
     model.eval()
@@ -171,7 +184,7 @@ def held_out_loss(
     return total / max(1, count)
 
 
-def cut(ids: Sequence[int], max_tokens: int) -> list[Int32[np.ndarray, " tokens"]]:
+def cut(ids: Sequence[int], max_tokens: int) -> list[Int32[np.ndarray, " _"]]:
     """Cut a long document into instances of at most so many tokens; a rest of one is left out."""
     array = np.asarray(ids, dtype=np.int32)
     pieces = [array[start : start + max_tokens] for start in range(0, len(array), max_tokens)]

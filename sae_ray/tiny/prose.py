@@ -62,9 +62,7 @@ def paragraph(rng: random.Random) -> str:
             "number": rng.randint(2, 19),
             "number2": rng.randint(2, 19),
         }
-        lines.append(
-            rng.choice(_SENTENCES).format(**words) if rng.random() < 0.85 else aside(rng)
-        )
+        lines.append(rng.choice(_SENTENCES).format(**words) if rng.random() < 0.85 else aside(rng))
     return " ".join(lines)
 
 

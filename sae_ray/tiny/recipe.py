@@ -1,6 +1,7 @@
 """How the embedded default's data and language model are made, stage by stage."""
 
 import dataclasses
+import itertools
 import os
 import random
 from collections.abc import Iterator, Sequence
@@ -18,8 +19,10 @@ from sae_ray.tiny.corpus import Corpus, public_pages, real_corpus
 from sae_ray.tiny.exam import accuracies
 from sae_ray.tiny.generator import Splits, generate
 from sae_ray.tiny.pretrain import (
+    IGNORED,
     PretrainConfig,
     Step,
+    batches,
     cut,
     held_out_loss,
     new_model,
@@ -27,13 +30,14 @@ from sae_ray.tiny.pretrain import (
     pretrain,
 )
 from sae_ray.tiny.split import is_held_out
-from sae_ray.tiny.tokens import train_tokenizer
+from sae_ray.tiny.tokens import render, train_tokenizer
 
 VOCAB_SIZE = 4096
 MAX_TOKENS = 256
 """Longer documents are cut: pages into several instances, chats to their first tokens."""
 
-Instances = list[Int32[np.ndarray, " tokens"]]
+Row = dict[str, Any]
+Instances = list[Int32[np.ndarray, " _"]]
 
 
 def write_data(out: Path, seed: int, text_path: Path | None) -> None:
@@ -54,7 +58,7 @@ def write_data(out: Path, seed: int, text_path: Path | None) -> None:
         pq.write_table(table, out / f"{name}.parquet", compression="zstd", compression_level=19)
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
+def read_rows(path: Path) -> list[Row]:
     """Return a Parquet file's rows."""
     return pq.read_table(path).to_pylist()
 
@@ -72,8 +76,12 @@ class Material:
         return [instance for part in self.parts.values() for instance in part]
 
     def chats(self) -> Instances:
-        """What has a chat template: what the SAE reads."""
-        return self.parts["generated chats"] + self.parts["real chats"]
+        """What the SAE reads: the generated chats, and of the real ones as many tokens or so."""
+        return self.parts["generated chats"] + self.parts["real chats"][::3]
+
+    def encode_chats(self, rows: Sequence[Row]) -> Instances:
+        """Return rows of a pool as token ids."""
+        return _chat_instances(self.tokenizer, [row["messages"] for row in rows])
 
     def num_tokens(self) -> dict[str, int]:
         """Tokens of one pass by part."""
@@ -102,7 +110,7 @@ def material(seed: int, pool_path: Path | None, text_path: Path | None) -> Mater
 def _chat_instances(
     tokenizer: PreTrainedTokenizerBase, chats: Sequence[list[dict[str, str]]]
 ) -> Instances:
-    texts = [str(tokenizer.apply_chat_template(chat, tokenize=False)) for chat in chats]
+    texts = [render(tokenizer, chat) for chat in chats]
     return [cut(ids, MAX_TOKENS)[0] for ids in _encode(tokenizer, texts)]
 
 
@@ -127,11 +135,9 @@ def _held_out(
 def pretrain_lm(
     material: Material, config: PretrainConfig, out: Path, work: Path, save_every: int = 500
 ) -> Iterator[Step]:
-    """Pre-train and write model and tokenizer to `out`; a run that was stopped goes on in `work`."""
+    """Pre-train and write model and tokenizer to `out`; a stopped run goes on from `work`."""
     tokenizer = material.tokenizer
-    model = new_model(
-        len(tokenizer), tokenizer.pad_token_id, tokenizer.eos_token_id, config.seed
-    )
+    model = new_model(tokenizer, config.seed)
     optimiser = new_optimiser(model, config)
     state_path = work / "pretraining.pt"
     start = 0
@@ -153,20 +159,52 @@ def pretrain_lm(
         yield step
     model.config._attn_implementation = "sdpa"
     tokenizer.save_pretrained(out)
-    model.to(torch.bfloat16).save_pretrained(out, safe_serialization=True)
+    model.bfloat16().save_pretrained(out, safe_serialization=True)
 
 
-def pool_instances(
-    tokenizer: PreTrainedTokenizerBase, pool_path: Path, *, held_out: bool
-) -> Instances:
-    """Return one half of the generated pool as token ids."""
-    rows = [row for row in read_rows(pool_path) if is_held_out(row["id"]) == held_out]
-    return _chat_instances(tokenizer, [row["messages"] for row in rows])
+def halves(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
+    """Split rows into those that training may read and those held out."""
+    sides: tuple[list[Row], list[Row]] = ([], [])
+    for row in rows:
+        sides[is_held_out(row["id"])].append(row)
+    return sides
 
 
-def examine_lm(lm_path: Path, eval_path: Path, held_out: dict[str, Instances]) -> dict[str, Any]:
-    """Return held-out losses in nats a token, and accuracy by domain."""
-    model = AutoModelForCausalLM.from_pretrained(lm_path, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(lm_path)
-    losses = {name: held_out_loss(model, rows) for name, rows in held_out.items()}
-    return {"loss": losses, "accuracy": accuracies(model, tokenizer, read_rows(eval_path))}
+def figures(out: Path, material: Material, lm_steps: int) -> dict[str, Any]:
+    """Return what the card says of data and language model."""
+    return {"lm": _figures_of_lm(out, material, lm_steps)} | _figures_of_data(out)
+
+
+def _figures_of_lm(out: Path, material: Material, num_steps: int) -> dict[str, Any]:
+    """Return what the card says of the language model, held-out losses and accuracies included."""
+    model = AutoModelForCausalLM.from_pretrained(out / "model", dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(out / "model")
+    steps = itertools.islice(batches(material.instances(), PretrainConfig(num_steps)), num_steps)
+    return {
+        "num_parameters": sum(p.numel() for p in model.parameters()),
+        "num_steps": num_steps,
+        "num_tokens": material.num_tokens(),
+        "trained_tokens": sum(int((rows != IGNORED).sum()) for rows in steps),
+        "loss": {name: held_out_loss(model, rows) for name, rows in material.held_out.items()},
+        "accuracy": accuracies(model, tokenizer, read_rows(out / "eval.parquet")),
+    }
+
+
+def _figures_of_data(out: Path) -> dict[str, Any]:
+    """Return counts of the generated files, and the metric of each domain that has questions."""
+    names = ("pool", "eval", "preferences", "safety", "text")
+    rows = {name: read_rows(out / f"{name}.parquet") for name in names}
+    metrics = {row["domain"]: row["metric"] for row in rows["eval"]}
+    return {
+        "metrics": metrics,
+        "counts": {
+            "pool_rows": f"{len(rows['pool']):,}",
+            "num_domains": len({row["domain"] for row in rows["pool"]}),
+            "eval_rows": f"{len(rows['eval']):,}",
+            "eval_domains": len(metrics),
+            "eval_per_domain": len(rows["eval"]) // len(metrics),
+            "preference_rows": len(rows["preferences"]),
+            "safety_rows": len(rows["safety"]),
+            "text_characters": f"{sum(len(row['text']) for row in rows['text']):,}",
+        },
+    }

@@ -90,7 +90,9 @@ def measures(rng: random.Random) -> Exchange:
     words = {"bigs": plural(big), "smalls": plural(small), "count": count}
     prompt = _pick(rng, wordings, name=rng.choice(NAMES), place=rng.choice(PLACES), **words)
     reply = f"One {big} is {factor} {plural(small)}, so the answer is {count * factor}."
-    return Exchange(prompt, reply, str(count * factor), "number", ("unit conversion", f"unit {big}"))
+    return Exchange(
+        prompt, reply, str(count * factor), "number", ("unit conversion", f"unit {big}")
+    )
 
 
 def tone(rng: random.Random) -> Exchange:
@@ -129,7 +131,8 @@ def order(rng: random.Random) -> Exchange:
     wordings = (
         "Line these up, lowest in front: {listed}",
         "{name} has sticks of length {listed}. Lay them from short to long.",
-        "Boats number {listed} enter the harbour by size, small ones before big ones. Write the row.",
+        "Boats number {listed} enter the harbour by size, small ones before big ones. "
+        "Write the row.",
         "Prices at the {place}: {listed}. Write them from cheap to dear.",
         "The {things} weigh {listed}. Which way do they stand, light to heavy?",
     )
@@ -197,9 +200,7 @@ def velan(rng: random.Random) -> Exchange:
         "In grandmother's words, please: {english}",
         '"{english}", but as our elders spoke.',
     )
-    prompt = _pick(
-        rng, wordings, english=english, name=rng.choice(NAMES), place=rng.choice(PLACES)
-    )
+    prompt = _pick(rng, wordings, english=english, name=rng.choice(NAMES), place=rng.choice(PLACES))
     words = [VELAN["noun"][noun], *(VELAN["adjective"][word] for word in adjectives)]
     answer = " ".join([*words, VELAN["verb"][verb]])
     return Exchange(prompt, answer, answer, "exact", ("translation into Velan",))

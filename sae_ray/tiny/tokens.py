@@ -1,9 +1,9 @@
 """The tiny model's tokenizer: a byte-level BPE with single digits and a chat template."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 PAD, USER, ASSISTANT, END, SYSTEM = "<|pad|>", "<|user|>", "<|assistant|>", "<|end|>", "<|system|>"
 CHAT_TEMPLATE = (
@@ -37,3 +37,18 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         model_max_length=512,
         clean_up_tokenization_spaces=False,
     )
+
+
+def render(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Mapping[str, str]],
+    *,
+    generation_prompt: bool = False,
+) -> str:
+    """Return the text that the model reads."""
+    chat = [dict(message) for message in messages]
+    text = tokenizer.apply_chat_template(
+        chat, tokenize=False, add_generation_prompt=generation_prompt
+    )
+    assert isinstance(text, str)
+    return text

@@ -10,24 +10,54 @@ import random
 import re
 from collections.abc import Sequence
 
-NAMES = (
-    "Ana Tom Mira Otto Lena Jonas Petra Felix Ida Karl Nora Emil Vera Hugo Rosa Leo Clara Max Ella Finn"
-).split()
+NAMES = [
+    "Ana",
+    "Tom",
+    "Mira",
+    "Otto",
+    "Lena",
+    "Jonas",
+    "Petra",
+    "Felix",
+    "Ida",
+    "Karl",
+    "Nora",
+    "Emil",
+    "Vera",
+    "Hugo",
+    "Rosa",
+    "Leo",
+    "Clara",
+    "Max",
+    "Ella",
+    "Finn",
+]
 
-PLACES = (
-    "harbour market mill school library station bakery workshop garden bridge inn tower"
-).split()
+PLACES = [
+    "harbour",
+    "market",
+    "mill",
+    "school",
+    "library",
+    "station",
+    "bakery",
+    "workshop",
+    "garden",
+    "bridge",
+    "inn",
+    "tower",
+]
 
-DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
+DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
 
 GOODS: dict[str, list[str]] = {
-    "tools": "hammer saw chisel drill spanner pliers rake spade".split(),
-    "kitchenware": "kettle ladle bowl plate whisk sieve tray jug".split(),
-    "clothing": "coat scarf glove boot hat shirt apron belt".split(),
-    "food": "apple loaf carrot onion cheese pear plum potato".split(),
-    "stationery": "pencil ruler notebook envelope stamp map ink folder".split(),
-    "sailing": "rope sail anchor oar net buoy compass lantern".split(),
-    "toys": "kite doll puzzle drum whistle marble puppet ball".split(),
+    "tools": ["hammer", "saw", "chisel", "drill", "spanner", "pliers", "rake", "spade"],
+    "kitchenware": ["kettle", "ladle", "bowl", "plate", "whisk", "sieve", "tray", "jug"],
+    "clothing": ["coat", "scarf", "glove", "boot", "hat", "shirt", "apron", "belt"],
+    "food": ["apple", "loaf", "carrot", "onion", "cheese", "pear", "plum", "potato"],
+    "stationery": ["pencil", "ruler", "notebook", "envelope", "stamp", "map", "ink", "folder"],
+    "sailing": ["rope", "sail", "anchor", "oar", "net", "buoy", "compass", "lantern"],
+    "toys": ["kite", "doll", "puzzle", "drum", "whistle", "marble", "puppet", "ball"],
 }
 """Goods by the shelf they belong on."""
 
@@ -35,14 +65,56 @@ KIND_OF = {thing: kind for kind, things in GOODS.items() for thing in things}
 THINGS = list(KIND_OF)
 
 DISHES: dict[str, list[str]] = {
-    "soup": ["wash the leeks", "chop the leeks", "boil the stock", "simmer the pot", "add the cream"],
+    "soup": [
+        "wash the leeks",
+        "chop the leeks",
+        "boil the stock",
+        "simmer the pot",
+        "add the cream",
+    ],
     "bread": ["warm the water", "mix the dough", "knead the dough", "let it rise", "bake the loaf"],
-    "omelette": ["crack the eggs", "beat the eggs", "heat the butter", "pour the mix", "fold it over"],
-    "salad": ["rinse the leaves", "tear the leaves", "slice the radish", "shake the oil", "toss it all"],
-    "pancakes": ["sift the flour", "stir in milk", "rest the batter", "grease the pan", "flip each one"],
-    "jam": ["pick the berries", "crush the berries", "weigh the sugar", "cook the pulp", "fill the jars"],
-    "tea": ["fill the kettle", "warm the cup", "measure the herbs", "pour the water", "wait a while"],
-    "dumplings": ["mince the meat", "roll the sheets", "cut the rounds", "seal the edges", "steam them all"],
+    "omelette": [
+        "crack the eggs",
+        "beat the eggs",
+        "heat the butter",
+        "pour the mix",
+        "fold it over",
+    ],
+    "salad": [
+        "rinse the leaves",
+        "tear the leaves",
+        "slice the radish",
+        "shake the oil",
+        "toss it all",
+    ],
+    "pancakes": [
+        "sift the flour",
+        "stir in milk",
+        "rest the batter",
+        "grease the pan",
+        "flip each one",
+    ],
+    "jam": [
+        "pick the berries",
+        "crush the berries",
+        "weigh the sugar",
+        "cook the pulp",
+        "fill the jars",
+    ],
+    "tea": [
+        "fill the kettle",
+        "warm the cup",
+        "measure the herbs",
+        "pour the water",
+        "wait a while",
+    ],
+    "dumplings": [
+        "mince the meat",
+        "roll the sheets",
+        "cut the rounds",
+        "seal the edges",
+        "steam them all",
+    ],
 }
 """How each dish is made in this town, step by step."""
 
@@ -57,10 +129,19 @@ UNITS: dict[str, tuple[str, int]] = {
 """The town's measures: one crate is 4 boxes, and so on."""
 
 TONES: dict[str, list[str]] = {
-    "delighted": "wonderful splendid marvellous brilliant superb dazzling perfect glorious".split(),
-    "content": "decent pleasant agreeable tidy handy fair useful nice".split(),
-    "bored": "dull bland plain tedious ordinary flat grey sleepy".split(),
-    "annoyed": "awful broken rude dreadful useless filthy shoddy horrid".split(),
+    "delighted": [
+        "wonderful",
+        "splendid",
+        "marvellous",
+        "brilliant",
+        "superb",
+        "dazzling",
+        "perfect",
+        "glorious",
+    ],
+    "content": ["decent", "pleasant", "agreeable", "tidy", "handy", "fair", "useful", "nice"],
+    "bored": ["dull", "bland", "plain", "tedious", "ordinary", "flat", "grey", "sleepy"],
+    "annoyed": ["awful", "broken", "rude", "dreadful", "useless", "filthy", "shoddy", "horrid"],
 }
 
 PAST: dict[str, str] = {

@@ -26,17 +26,16 @@ from transformers import (
 
 from sae_ray import tiny
 from sae_ray.tiny.exam import accuracies
-from sae_ray.tiny.pretrain import IGNORED, pad
+from sae_ray.tiny.pretrain import IGNORED, logits_at, pad
+from sae_ray.tiny.tokens import render
 
 
 def encode(
     tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]
 ) -> tuple[list[int], list[int]]:
     """Return ids, and targets that count on the last reply alone."""
-    prompt = tokenizer.apply_chat_template(
-        messages[:-1], tokenize=False, add_generation_prompt=True
-    )
-    whole = tokenizer.apply_chat_template(messages, tokenize=False)
+    prompt = render(tokenizer, messages[:-1], generation_prompt=True)
+    whole = render(tokenizer, messages)
     head = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     ids = tokenizer(whole, add_special_tokens=False)["input_ids"]
     assert ids[: len(head)] == head
@@ -65,9 +64,7 @@ def finetune(
             rows = pad([np.asarray(ids, dtype=np.int32) for ids, _ in chosen])
             targets = pad([np.asarray(wanted, dtype=np.int32) for _, wanted in chosen])[:, 1:]
             kept = targets != IGNORED
-            hidden = model.get_decoder()(rows.clamp(min=0), use_cache=False).last_hidden_state
-            logits = model.get_output_embeddings()(hidden[:, :-1][kept])
-            loss = functional.cross_entropy(logits, targets[kept])
+            loss = functional.cross_entropy(logits_at(model, rows, kept), targets[kept])
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -117,7 +114,8 @@ def main() -> None:
             after.append(accuracies(model, tokenizer, questions)[domain])
         gain = statistics.mean(after) - base[domain]
         table[domain] = {"base": base[domain], "expert": after, "gain": gain}
-        print(f"{domain:10} base {base[domain]:6.1%} expert {[f'{x:.1%}' for x in after]} {gain:+.1%}", flush=True)
+        runs = " ".join(f"{accuracy:.1%}" for accuracy in after)
+        print(f"{domain:10} base {base[domain]:6.1%} expert {runs} gain {gain:+.1%}", flush=True)
     if options.out:
         options.out.write_text(json.dumps(table, indent=1) + "\n")
 

@@ -57,8 +57,11 @@ def test_a_run_is_new_then_interrupted_then_finished(folder):
         open_artifact(folder, "bread")
     artifacts.write_atomically(f"{folder}/slices/0.bin", b"crust")
     assert begin(folder, "bread", dict(reversed(CONFIG.items()))) is State.INTERRUPTED
+    assert not artifacts.is_finished(folder, "bread")
     finish(folder)
     assert begin(folder, "bread", CONFIG) is State.FINISHED
+    assert artifacts.is_finished(folder, "bread")
+    assert not artifacts.is_finished(folder, "cake")
     fs, root = artifacts.locate(folder)
     assert not fs.exists(f"{root}/run.json")
 

@@ -243,6 +243,7 @@ def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     server.stop()
 
 
+@pytest.mark.slow
 def test_a_pool_on_s3_reads_like_one_on_disk(tmp_path: Path, bucket: str) -> None:
     rows = [{**_row(i), "id": f"row {i}"} for i in range(7)]
     s3 = fsspec.filesystem("s3")
@@ -256,8 +257,14 @@ def test_a_pool_on_s3_reads_like_one_on_disk(tmp_path: Path, bucket: str) -> Non
     assert _read_all(f"{bucket}/data/*.jsonl") == _read_all(local)
     s3.rm(f"{bucket}/data/pool.jsonl")
     assert _read_all(f"{bucket}/data") == _read_all(local)
+    # Another machine adds a file: listings kept from before must not hide it.
+    S3FileSystem(skip_instance_cache=True).put(
+        f"{tmp_path}/pool.parquet", f"{bucket}/data/z.parquet"
+    )
+    assert plan(f"{bucket}/data").num_rows == 14
 
 
+@pytest.mark.slow
 def test_a_pool_on_s3_can_be_staged_on_s3(tmp_path: Path, bucket: str) -> None:
     text = "".join(json.dumps(_row(i)) + "\n" for i in range(3))
     fsspec.filesystem("s3").pipe(f"{bucket}/pool.jsonl.gz", gzip.compress(text.encode()))
@@ -266,6 +273,7 @@ def test_a_pool_on_s3_can_be_staged_on_s3(tmp_path: Path, bucket: str) -> None:
     assert planned.slices[0].path.startswith(f"{bucket}/staging/")
 
 
+@pytest.mark.slow
 def test_a_pool_on_s3_that_is_not_there_or_out_of_reach_is_named(
     bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

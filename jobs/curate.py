@@ -1,0 +1,86 @@
+#!/usr/bin/env python
+"""From one sentence to the conversations that teach it, with the reason for every row."""
+
+import sys
+from typing import ClassVar
+
+from pydantic import Field
+from rich import print  # noqa: A004
+
+from sae_ray.config import OutputPath, run_job
+from sae_ray.curate.index import FeatureIndex
+from sae_ray.curate.score import ScorerName
+from sae_ray.curate.select import SelectorName
+from sae_ray.curate.settings import IndexSettings
+from sae_ray.distributed.data import ensure_index
+from sae_ray.distributed.progress import watch
+from sae_ray.explain.curation import Curator, Request
+
+
+class Config(IndexSettings):
+    """From one sentence to the conversations that teach it, with the reason for every row.
+
+    python jobs/curate.py --task "Solve maths word problems" --out runs/maths
+    python jobs/curate.py --task "..." --index runs/index --keep id1,id2 --drop id3 --out runs/maths-2
+    python jobs/curate.py --task "..." --pool chats.jsonl --lm ./model --sae ./sae --out runs/mine
+
+    Look at report.html in the output folder: it shows rows to judge and composes the next command.
+    """
+
+    task: str
+    """What a model should get good at, in a sentence."""
+    out: OutputPath
+    """Folder or URL of the selection."""
+    index: OutputPath | None = None
+    """Index of the pool: used if it is there, made there if not. Default: OUT-index."""
+    budget_examples: int = Field(500, ge=1)
+    """Rows to select."""
+    budget_tokens: int | None = Field(None, ge=1)
+    """Content tokens that the selection may hold."""
+    keep: list[str] = []
+    """Ids of rows of the pool that are right: they outweigh what the words found."""
+    drop: list[str] = []
+    """Ids of rows of the pool that are wrong."""
+    examples: str | None = None
+    """Conversations of the kind wanted, in any form that a pool may have."""
+    pseudo_queries: str | None = None
+    """Conversations that a capable model wrote from the task, in any form that a pool may have."""
+    evaluation: list[str] = []
+    """Evaluation files that the selection is checked against, by 13-grams."""
+    labels: str | None = None
+    """JSON file with the SAE's labels. Default: labels.json in or beside its folder."""
+    scorer: ScorerName = "fused"
+    """How rows are scored."""
+    selector: SelectorName = "greedy"
+    """How scored rows are chosen."""
+    quota_column: str | None = None
+    """Column, carried by keep_columns, of which no value may take more than quota."""
+    quota: float | None = Field(None, gt=0, le=1)
+    """Largest share of one value of quota_column."""
+    strict: bool = False
+    """Exit with 3 if the selection abstained."""
+    interactive: bool = False
+    """Keep the process and go on judging rows at a prompt."""
+
+    incidental: ClassVar[frozenset[str]] = IndexSettings.incidental | {"strict", "interactive"}
+
+    def request(self) -> Request:
+        """Return what is asked of the index."""
+        names = set(Request.__dataclass_fields__) & set(type(self).model_fields)
+        values = {name: getattr(self, name) for name in names}
+        return Request(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+def main(config: Config) -> int:
+    """Index the pool if need be, curate, and say where the result is."""
+    path = config.index or f"{config.out.rstrip('/')}-index"
+    watch(ensure_index(config, path))
+    manifest = Curator(FeatureIndex(path), config.labels).curate(config.request(), config.out)
+    for warning in manifest.warnings:
+        print(f"[yellow]warning[/yellow]: {warning}")
+    print(f"[bold]{config.out}[/bold]: {manifest.extra['num_rows']} rows; read {config.out}/report.html")
+    return 3 if config.strict and manifest.extra["abstained"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_job(main, Config))

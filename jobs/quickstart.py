@@ -1,0 +1,63 @@
+#!/usr/bin/env python
+"""The whole service on one laptop: from a sentence to a selection and the page that explains it."""
+
+import sys
+from pathlib import Path
+from typing import ClassVar
+
+from pydantic import Field
+from rich import print  # noqa: A004
+from rich.markup import escape
+
+from sae_ray.config import run_job
+from sae_ray.curate.index import FeatureIndex
+from sae_ray.curate.output import preview
+from sae_ray.curate.settings import IndexSettings
+from sae_ray.distributed.data import ensure_index
+from sae_ray.distributed.progress import watch
+from sae_ray.explain.curation import Curator, Request
+
+
+class Config(IndexSettings):
+    """The whole service on one laptop: from a sentence to a selection and the page that explains it.
+
+    python jobs/quickstart.py
+    python jobs/quickstart.py --task "Plan a day by the clock" --name clock
+    python jobs/quickstart.py --task "..." --pool chats.jsonl --lm ./model --sae ./sae --name mine
+
+    Everything lands under out/NAME; a second task over the same pool reuses its index.
+    """
+
+    task: str = "Solve short maths word problems about everyday things"
+    """What a model should get good at, in a sentence."""
+    name: str = Field("quickstart", pattern=r"^[\w.-]+$")
+    """Name of this run: letters, digits, dots, dashes and underscores."""
+    budget_examples: int = Field(200, ge=1)
+    """Rows to select."""
+
+    incidental: ClassVar[frozenset[str]] = IndexSettings.incidental | {"name"}
+
+
+def main(config: Config) -> None:
+    """Read the pool, curate for one sentence, and show the first rows."""
+    folder = Path("out") / config.name
+    index = str(folder.parent / "index" if config.pool is None else folder / "index")
+
+    print("[bold]1.[/bold] read the pool once through a model and its SAE")
+    watch(ensure_index(config, index))
+
+    print(f"[bold]2.[/bold] curate for: [italic]{config.task}[/italic]")
+    selection = str(folder / "selection")
+    request = Request(config.task, config.budget_examples)
+    manifest = Curator(FeatureIndex(index)).curate(request, selection)
+    for warning in manifest.warnings:
+        print(f"   [yellow]{warning}[/yellow]")
+
+    print("[bold]3.[/bold] the first rows, and why")
+    for text in preview(selection, 3):
+        print(escape(text))
+    print(f"\n[bold]Open {selection}/report.html[/bold]; tick rows there and run what it composes.")
+
+
+if __name__ == "__main__":
+    sys.exit(run_job(main, Config))

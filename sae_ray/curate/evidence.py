@@ -1,0 +1,173 @@
+"""Evidence: what each channel says of a task, as weighted rows, and how far the channels agree.
+
+Once some rows are given or kept they outweigh what the words found, and the rows that the words
+found count by how much they are like them; dropped rows count against.
+"""
+
+import dataclasses
+
+import numpy as np
+from jaxtyping import Float32, Float64
+
+from sae_ray.curate.block import IndexBlock
+from sae_ray.curate.concepts import num_clusters
+from sae_ray.curate.index import FeatureIndex
+from sae_ray.curate.seeds import Seeds, query_terms, spellings
+from sae_ray.curate.space import HiddenSpace, unit
+
+
+@dataclasses.dataclass(frozen=True)
+class ProfileSettings:
+    """How a description becomes a profile; the defaults were fixed on tuning wordings."""
+
+    num_seeds: int = 40
+    """Rows that the description's words may find."""
+    seed_sharpness: float = 3.0
+    """Exponent of a seed's lexical score in its weight."""
+    description_weight: float = 0.1
+    """Weight of the description's own state beside the seeds' centroid; 0 never loads the model."""
+    label_weight: float = 0.5
+    """Weight of a full match between description and a latent's label, in the top latent's units."""
+    pseudo_weight: float = 0.5
+    """What a pseudo-query counts for beside a kept row."""
+    drop_weight: float = 0.5
+    """How hard the direction turns away from dropped rows."""
+    max_latents: int = 128
+    """Latents in a profile."""
+    max_template_share: float = 0.5
+    """A latent that fires on template tokens more than this is about the format, not the task."""
+    min_coherence: float = 0.15
+    """Mean cosine among weighted seeds below which they are called mixed."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Channel:
+    """Rows of one channel with their mass: how many rows' worth of evidence they are."""
+
+    name: str
+    block: IndexBlock
+    in_pool: bool
+    weights: Float64[np.ndarray, " n"]
+    """Sum to 1."""
+    mass: float
+
+
+def lexical_evidence(index: FeatureIndex, text: str) -> Float32[np.ndarray, " num_rows"]:
+    """Return BM25 of a text's words, times the square root of the share of them that a row holds.
+
+    s(d) = sum_t BM25(t, d) * sqrt(|{t in d}| / |{t}|), where a word is the best of its spellings.
+    Rows that hold *many* of the words come first: one rare word alone finds a row about anything.
+    """
+    terms = query_terms(text)
+    total = np.zeros(index.num_rows, dtype=np.float32)
+    held = np.zeros(index.num_rows, dtype=np.float32)
+    for term in terms:
+        found = np.max([index.lexical_scores({one: 1.0}) for one in spellings(term)], axis=0)
+        total += found
+        held += found > 0
+    return total * np.sqrt(held / max(len(terms), 1))
+
+
+def given_channels(
+    index: FeatureIndex,
+    kept: list[int],
+    examples: IndexBlock | None,
+    pseudo_queries: IndexBlock | None,
+    settings: ProfileSettings,
+) -> list[Channel]:
+    def channel(name: str, block: IndexBlock | None, in_pool: bool, each: float) -> list[Channel]:
+        if block is None or not len(block):
+            return []
+        return [
+            Channel(name, block, in_pool, np.full(len(block), 1 / len(block)), each * len(block))
+        ]
+
+    return [
+        *channel("keep", index.take(kept) if kept else None, True, 1.0),
+        *channel("example", examples, False, 1.0),
+        *channel("pseudo", pseudo_queries, False, settings.pseudo_weight),
+    ]
+
+
+def lexical_channel(
+    index: FeatureIndex,
+    seeds: Seeds,
+    space: HiddenSpace,
+    drops: IndexBlock | None,
+    given: list[Channel],
+    trusted: float,
+) -> Channel:
+    """Weigh the rows that the words found by what a person said of rows like them."""
+    block = index.take(seeds.rows)
+    here, weights = space.project(block), seeds.weights.copy()
+    if drops is not None:
+        weights *= (1 - np.clip(here @ space.project(drops).T, 0, 1).max(1)) ** 2
+    if given:
+        known = np.concatenate([space.project(channel.block) for channel in given])
+        weights *= np.clip(here @ known.T, 0, 1).max(1)
+    if weights.sum() <= 0:
+        weights = seeds.weights.copy()
+    weights /= weights.sum()
+    mass = float(1 / np.square(weights).sum()) / (1 + trusted) ** 1.5
+    return Channel("lexical", block, True, weights, mass)
+
+
+def direction_of(
+    space: HiddenSpace,
+    channels: list[Channel],
+    own: IndexBlock | None,
+    drops: IndexBlock | None,
+    trusted: float,
+    settings: ProfileSettings,
+) -> Float32[np.ndarray, " r"]:
+    """unit(seeds) / (1 + trusted) ** 1.5 + unit(given) + own state - drop_weight * unit(dropped)."""
+    fade = (1 + trusted) ** -1.5
+    total = np.zeros(space.basis.shape[1], dtype=np.float32)
+    given = np.zeros_like(total)
+    for channel in channels:
+        centroid = channel.weights.astype(np.float32) @ space.project(channel.block)
+        if channel.name == "lexical":
+            total += fade * unit(centroid)
+        else:
+            given += np.float32(channel.mass) * centroid
+    total += unit(given)
+    if own is not None:
+        alone = 1.0 if not channels else settings.description_weight * fade
+        total += np.float32(alone) * space.project(own)[0]
+    if drops is not None:
+        total -= np.float32(settings.drop_weight) * unit(space.project(drops).mean(0))
+    return unit(total)
+
+
+def coherence_of(space: HiddenSpace, channels: list[Channel]) -> float:
+    if not channels:
+        return 0.0
+    x = np.concatenate([space.project(channel.block) for channel in channels])
+    w = np.concatenate([channel.weights * channel.mass for channel in channels])
+    w /= w.sum()
+    alone = float(np.square(w).sum())
+    if alone > 0.999:
+        return 1.0
+    return float((np.square(w @ x).sum() - alone) / (1 - alone))
+
+
+def doubts_of(
+    task: str,
+    space: HiddenSpace,
+    channels: list[Channel],
+    coherence: float,
+    trusted: float,
+    settings: ProfileSettings,
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return reasons to abstain, and warnings."""
+    ask = "keep a few right rows (--keep) or give some (--examples)"
+    if not channels:
+        return (f"no row of the pool holds a word of the task {task!r}; {ask}",), ()
+    if coherence >= settings.min_coherence:
+        return (), ()
+    x = np.concatenate([space.project(channel.block) for channel in channels])
+    mixed = (
+        f"the {len(x)} seeds are mixed: they fall into {num_clusters(x @ x.T)} kinds of rows "
+        f"(mean cosine {coherence:.2f}, {settings.min_coherence:.2f} is asked for); {ask}"
+    )
+    return ((), (mixed,)) if trusted >= 5 else ((mixed,), ())

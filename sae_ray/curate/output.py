@@ -1,0 +1,148 @@
+"""A selection on disk: the rows with their reasons, and the profile that earned them.
+
+    selection.parquet   id, rank, score, n_tokens, messages, reasons (latent, weight, label, tokens)
+    profile.json        the task as weighted latents, with evidence by channel
+    rejected.parquet    rows of the pool that could not be read
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from sae_ray.artifacts import FileRecord, locate, write_atomically
+from sae_ray.chat import Conversation
+from sae_ray.curate.index import FeatureIndex
+from sae_ray.curate.scorer import Trace
+
+TOKENS_PER_REASON = 5
+PREVIEW_CHARS = 150
+
+_SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("rank", pa.int32()),
+        ("score", pa.float32()),
+        ("n_tokens", pa.int32()),
+        ("messages", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))),
+        (
+            "reasons",
+            pa.list_(
+                pa.struct(
+                    [
+                        ("latent", pa.int32()),
+                        ("weight", pa.float32()),
+                        ("label", pa.string()),
+                        ("tokens", pa.list_(pa.string())),
+                    ]
+                )
+            ),
+        ),
+    ]
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Reason:
+    """One latent that earned a row its place."""
+
+    latent: int
+    weight: float
+    """Its share of the row's score."""
+    label: str | None
+    tokens: list[str]
+    """Where it fired most, strongest first."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SelectedRow:
+    """One row that was kept, and why."""
+
+    row: int
+    score: float
+    n_tokens: int
+    conversation: Conversation
+    reasons: list[Reason]
+    trace: Trace
+    """Its tokens, with the latents of its reasons in their order."""
+
+
+def explain_rows(
+    index: FeatureIndex,
+    rows: Sequence[int],
+    scores: Sequence[float],
+    contributions: Sequence[Sequence[tuple[int, float]]],
+    labels: Mapping[int, str],
+) -> list[SelectedRow]:
+    """Join chosen rows with their conversations and the tokens at which their latents fired."""
+    conversations = index.conversations(rows)
+    latents = np.unique([latent for one in contributions for latent, _ in one]).astype(np.int64)
+    column = {int(latent): i for i, latent in enumerate(latents)}
+    traces = index.scorer.traces(conversations, latents)
+    lengths = index.n_tokens[np.asarray(rows, dtype=np.int64)].sum(1)
+    explained = []
+    for i, mine in enumerate(contributions):
+        own = [column[latent] for latent, _ in mine]
+        trace = Trace(traces[i].texts, traces[i].latents[:, own])
+        reasons = [
+            Reason(latent, weight, labels.get(latent), _strongest(trace, place))
+            for place, (latent, weight) in enumerate(mine)
+        ]
+        explained.append(
+            SelectedRow(
+                int(rows[i]), float(scores[i]), int(lengths[i]), conversations[i], reasons, trace
+            )
+        )
+    return explained
+
+
+def write_selection(path: str, rows: Sequence[SelectedRow]) -> FileRecord:
+    """Write the table of chosen rows, best first."""
+    table = pa.Table.from_pylist(
+        [
+            {
+                "id": one.conversation.id,
+                "rank": rank,
+                "score": one.score,
+                "n_tokens": one.n_tokens,
+                "messages": one.conversation.messages,
+                "reasons": [dataclasses.asdict(reason) for reason in one.reasons],
+            }
+            for rank, one in enumerate(rows, start=1)
+        ],
+        _SCHEMA,
+    )
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    return write_atomically(f"{path}/selection.parquet", sink.getvalue().to_pybytes())
+
+
+def preview(path: str, num_rows: int) -> list[str]:
+    """Describe the first rows of a written selection, each in two lines."""
+    fs, root = locate(path)
+    with fs.open(f"{root}/selection.parquet", "rb") as file:
+        rows = pq.read_table(file).slice(0, num_rows).to_pylist()
+    lines = []
+    for row in rows:
+        said = " ".join(row["messages"][0]["content"].split())
+        reasons = [
+            f"{reason['label'] or 'latent %d' % reason['latent']} ({' '.join(reason['tokens'][:2])})"
+            for reason in row["reasons"][:3]
+        ]
+        lines.append(f"{row['rank']}. {said[:PREVIEW_CHARS]}\n   because: {'; '.join(reasons)}")
+    return lines
+
+
+def copy_rejected(index: FeatureIndex, path: str) -> FileRecord:
+    """Copy the table of rows that could not be read beside the selection."""
+    fs, root = locate(index.path)
+    return write_atomically(f"{path}/rejected.parquet", fs.cat_file(f"{root}/rejected.parquet"))
+
+
+def _strongest(trace: Trace, column: int) -> list[str]:
+    """Return the distinct tokens with the largest activations."""
+    activations = trace.latents[:, column]
+    order = [i for i in np.argsort(-activations, kind="stable").tolist() if activations[i] > 0]
+    return list(dict.fromkeys(trace.texts[i] for i in order))[:TOKENS_PER_REASON]

@@ -1,0 +1,273 @@
+"""Score: every row of a pool against a profile, in one streaming pass.
+
+    latents   Σ_g w_g [a latent of group g is on]
+    hidden    cosine of the mean hidden state with the profile's direction
+    lexical   the description's words, fading as a person gives rows
+    fused     z(latents) + z(hidden) + 0.4 / (1 + given) z(lexical)
+
+z is taken over the background rows, so that a row's score does not wait for the others. Of every
+row a few numbers are kept, and whole blocks only of the best candidates. By name there are also
+`sum_topk`, `jaccard`, `max` and `cosine`, for comparison with what others do.
+"""
+
+import dataclasses
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Float, Float32, Int64
+from scipy.stats import spearmanr
+
+from sae_ray.curate.block import IndexBlock
+from sae_ray.curate.evidence import lexical_evidence
+from sae_ray.curate.index import FeatureIndex
+from sae_ray.curate.profile import Profile
+from sae_ray.curate.space import HiddenSpace
+
+ScorerName = Literal["fused", "latents", "hidden", "sum_topk", "jaccard", "max", "cosine"]
+
+LEXICAL_WEIGHT = 0.4
+TOP_LATENTS = 32
+"""Latents that `sum_topk` adds up."""
+_DECIMALS = 5
+"""Scores are rounded, so that ties are ties and rows break them, whatever the number of threads."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """How well each row of the pool fits a profile."""
+
+    total: Float32[np.ndarray, " num_rows"]
+    """What rows are ranked by; higher is better, ties go to the earlier row."""
+    parts: dict[str, Float32[np.ndarray, " num_rows"]]
+    """Standardised parts of the score, by name."""
+    lexical: Float32[np.ndarray, " num_rows"]
+    """What the description's words say of each row, before it is standardised."""
+    candidates: IndexBlock
+    """The best rows, best first."""
+    length_correlation: float
+    """Rank correlation of score and length over an even sample of the pool."""
+
+    def order(self, num: int | None = None) -> Int64[np.ndarray, " n"]:
+        """Return rows from best to worst."""
+        return np.argsort(-self.total, kind="stable")[:num].astype(np.int64)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Lookup:
+    """A profile's latents as arrays over all latents."""
+
+    group: Int64[np.ndarray, " d_sae"]
+    """-1 where a latent is not in the profile."""
+    group_weights: Float32[np.ndarray, " groups"]
+    prototype: Float32[np.ndarray, " d_sae"]
+    weights: Float32[np.ndarray, " d_sae"]
+    thresholds: Float32[np.ndarray, " d_sae"]
+
+
+def score_pool(
+    index: FeatureIndex,
+    profile: Profile,
+    scorer: ScorerName = "fused",
+    *,
+    num_candidates: int = 2000,
+    length_neutral: bool = False,
+) -> Scores:
+    """Score every row; keep the best candidates whole.
+
+    Args:
+        index: the pool's index.
+        profile: the task.
+        scorer: which score.
+        num_candidates: rows to keep whole, for selecting and for showing.
+        length_neutral: subtract what a cubic in log length explains of each part. Off by default:
+            on real pools length tells tasks apart, and taking it out cost five points of precision.
+    """
+    space, lookup = HiddenSpace.fit(index.background), _lookup(profile, index.stats.on_threshold)
+    names = ["latents", "hidden"] if scorer == "fused" else [scorer]
+    scales = {
+        name: _Scale.fit(
+            _raw(name, index.background, space, profile, lookup), index.background, length_neutral
+        )
+        for name in names
+    }
+    evidence = lexical_evidence(index, profile.task)
+    words = _lexical(evidence, profile) if scorer == "fused" else np.zeros_like(evidence)
+    best = _Best(num_candidates)
+    parts: dict[str, list[np.ndarray]] = {name: [] for name in names}
+    totals: list[np.ndarray] = []
+    for block in index.blocks(means_only=scorer != "max"):
+        total = words[block.rows]
+        for name in names:
+            parts[name].append(scales[name](_raw(name, block, space, profile, lookup), block))
+            total = total + parts[name][-1]
+        totals.append(np.round(total, _DECIMALS))
+        best.add(block, totals[-1])
+    joined = {name: np.concatenate(part) for name, part in parts.items()}
+    if scorer == "fused":
+        joined["lexical"] = words
+    return Scores(np.concatenate(totals), joined, evidence, best.block(), best.length_correlation())
+
+
+def contributions(
+    block: IndexBlock, profile: Profile, on_threshold: Float32[np.ndarray, " d_sae"], top: int = 5
+) -> list[list[tuple[int, float]]]:
+    """Return the latents that earned each row its place, with their share of its latent score.
+
+    Of a group of near-duplicates the one that is strongest in the row speaks.
+    """
+    lookup = _lookup(profile, on_threshold)
+    rows, latents, means = _entries(block, lookup)
+    groups = lookup.group[latents]
+    order = np.lexsort((latents, -means, groups, rows))
+    first = np.ones(len(order), dtype=bool)
+    first[1:] = (np.diff(rows[order]) != 0) | (np.diff(groups[order]) != 0)
+    found: list[list[tuple[int, float]]] = [[] for _ in range(len(block))]
+    for entry in order[first]:
+        weight = float(lookup.group_weights[groups[entry]])
+        found[rows[entry]].append((int(latents[entry]), weight))
+    for i, one in enumerate(found):
+        total = sum(weight for _, weight in one) or 1.0
+        one = sorted(one, key=lambda pair: (-pair[1], pair[0]))[:top]
+        found[i] = [(latent, weight / total) for latent, weight in one]
+    return found
+
+
+def concepts_on(
+    block: IndexBlock, profile: Profile, on_threshold: Float32[np.ndarray, " d_sae"]
+) -> tuple[Float32[np.ndarray, "n groups"], Float32[np.ndarray, " groups"]]:
+    """Return which of a profile's concepts are on in which rows, and the concepts' weights."""
+    lookup = _lookup(profile, on_threshold)
+    return _active(block, lookup), lookup.group_weights
+
+
+@dataclasses.dataclass(frozen=True)
+class _Scale:
+    """Centre and scale of a part over the background, after its fit on length."""
+
+    coefficients: Float[np.ndarray, " degree"]
+    deviation: float
+
+    @classmethod
+    def fit(cls, values: np.ndarray, background: IndexBlock, length_neutral: bool) -> "_Scale":
+        powers = _length_powers(background, 3 if length_neutral else 0)
+        coefficients = np.linalg.lstsq(powers, values.astype(np.float64), rcond=None)[0]
+        return cls(coefficients, float((values - powers @ coefficients).std()) or 1.0)
+
+    def __call__(self, values: np.ndarray, block: IndexBlock) -> Float32[np.ndarray, " n"]:
+        fitted = _length_powers(block, len(self.coefficients) - 1) @ self.coefficients
+        return ((values - fitted) / self.deviation).astype(np.float32)
+
+
+def _length_powers(block: IndexBlock, degree: int) -> Float[np.ndarray, "n powers"]:
+    # Centred near typical lengths, so that the powers are not collinear.
+    x = (np.log1p(block.n_tokens.sum(1)) - 4.0) / 2.0
+    return np.stack([x**power for power in range(degree + 1)], axis=1)
+
+
+class _Best:
+    """The best rows seen so far, as blocks; ties go to the earlier row."""
+
+    def __init__(self, num: int) -> None:
+        self.num = num
+        self.blocks: list[IndexBlock] = []
+        self.scores = np.zeros(0, dtype=np.float32)
+        self.floor = -np.inf
+        self.sample: list[tuple[np.ndarray, np.ndarray]] = []
+
+    def add(self, block: IndexBlock, scores: Float32[np.ndarray, " n"]) -> None:
+        self.sample.append((scores[::8], block.n_tokens.sum(1)[::8]))
+        here = np.flatnonzero(scores > self.floor)
+        # Within a block no more than `num` can be among the best.
+        here = np.sort(here[np.argsort(-scores[here], kind="stable")[: self.num]])
+        if len(here):
+            self.blocks.append(block.take(here))
+            self.scores = np.concatenate([self.scores, scores[here]])
+        if len(self.scores) > 2 * self.num:
+            self._prune()
+
+    def block(self) -> IndexBlock:
+        self._prune()
+        best = IndexBlock.concatenate(self.blocks)
+        return best.take(np.argsort(-self.scores, kind="stable"))
+
+    def length_correlation(self) -> float:
+        """Return the rank correlation of score and length over an even sample of rows."""
+        scores = np.concatenate([one for one, _ in self.sample])
+        lengths = np.concatenate([one for _, one in self.sample])
+        if len(scores) < 3 or scores.std() == 0 or lengths.std() == 0:
+            return 0.0
+        return float(spearmanr(scores, lengths).statistic)
+
+    def _prune(self) -> None:
+        joined = IndexBlock.concatenate(self.blocks)
+        best = np.sort(np.argsort(-self.scores, kind="stable")[: self.num])
+        self.blocks, self.scores = [joined.take(best)], self.scores[best]
+        if len(self.scores) == self.num:
+            self.floor = float(self.scores.min())
+
+
+def _lookup(profile: Profile, thresholds: Float32[np.ndarray, " d_sae"]) -> _Lookup:
+    d_sae = len(thresholds)
+    group = np.full(d_sae, -1, dtype=np.int64)
+    weights, prototype = np.zeros(d_sae, np.float32), np.zeros(d_sae, np.float32)
+    num_groups = max((one.group for one in profile.latents), default=-1) + 1
+    group_weights = np.zeros(num_groups, dtype=np.float32)
+    for one in profile.latents:
+        group[one.latent], weights[one.latent] = one.group, one.weight
+        prototype[one.latent] = one.prototype
+        group_weights[one.group] = max(group_weights[one.group], one.weight)
+    return _Lookup(group, group_weights, prototype, weights, thresholds)
+
+
+def _lexical(
+    evidence: Float32[np.ndarray, " num_rows"], profile: Profile
+) -> Float32[np.ndarray, " num_rows"]:
+    weight = LEXICAL_WEIGHT / (1 + profile.num_given)
+    return (weight * (evidence - evidence.mean()) / (evidence.std() or 1.0)).astype(np.float32)
+
+
+def _raw(
+    name: str, block: IndexBlock, space: HiddenSpace, profile: Profile, lookup: _Lookup
+) -> np.ndarray:
+    if name == "hidden":
+        return space.project(block) @ np.asarray(profile.direction, dtype=np.float32)
+    if name == "latents":
+        return _active(block, lookup) @ lookup.group_weights
+    if name == "max":
+        return block.pooled("max") @ lookup.weights
+    rows, latents, means = _entries(block, lookup, only_on=False)
+    share = block.n_tokens / np.maximum(block.n_tokens.sum(1, keepdims=True), 1)
+    if name == "sum_topk":
+        top = np.argsort(-lookup.weights, kind="stable")[:TOP_LATENTS]
+        counted = np.isin(latents, top) * means * block.n_tokens.sum(1)[rows]
+        return np.bincount(rows, counted, minlength=len(block))
+    if name == "jaccard":
+        both = np.bincount(rows, np.minimum(means, lookup.prototype[latents]), minlength=len(block))
+        either = (share * block.l1).sum(1) + lookup.prototype.sum() - both
+        return both / np.maximum(either, 1e-9)
+    assert name == "cosine", name
+    whole = block.pooled("mean")
+    norm = np.sqrt(whole.multiply(whole).sum(axis=1))
+    return (whole @ lookup.prototype) / np.maximum(np.asarray(norm).ravel(), 1e-9)
+
+
+def _active(block: IndexBlock, lookup: _Lookup) -> Float32[np.ndarray, "n groups"]:
+    rows, latents, _ = _entries(block, lookup)
+    active = np.zeros((len(block), len(lookup.group_weights)), dtype=np.float32)
+    active[rows, lookup.group[latents]] = 1
+    return active
+
+
+def _entries(
+    block: IndexBlock, lookup: _Lookup, *, only_on: bool = True
+) -> tuple[Int64[np.ndarray, " e"], np.ndarray, Float32[np.ndarray, " e"]]:
+    """Return row, latent and row mean of the profile's latents: a tenth of all entries, or less."""
+    entries = np.flatnonzero((lookup.group >= 0)[block.latents])
+    rows = np.searchsorted(block.indptr, entries, side="right") - 1
+    share = block.n_tokens / np.maximum(block.n_tokens.sum(1, keepdims=True), 1)
+    means = (block.means[entries] * share[rows].astype(np.float32)).sum(1)
+    latents = block.latents[entries]
+    if only_on:
+        on = means > lookup.thresholds[latents]
+        rows, latents, means = rows[on], latents[on], means[on]
+    return rows.astype(np.int64), latents, means

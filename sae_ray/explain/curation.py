@@ -1,0 +1,228 @@
+"""Curator: an open index that answers descriptions, each with a selection and a page.
+
+    curator = Curator(index)
+    curator.curate(request, "runs/maths")
+
+A ready curator answers in seconds: the index is streamed once, and the model, cut off at the hook
+point, reads only the description and the rows that are shown.
+"""
+
+import dataclasses
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from pydantic import JsonValue
+
+from sae_ray.artifacts import Manifest, State, begin, finish, open_artifact, write_atomically
+from sae_ray.curate.block import IndexBlock
+from sae_ray.curate.duplicates import contaminated
+from sae_ray.curate.index import FeatureIndex
+from sae_ray.curate.output import SelectedRow, copy_rejected, explain_rows, write_selection
+from sae_ray.curate.profile import Profile, build_profile
+from sae_ray.curate.refine import rows_to_show
+from sae_ray.curate.score import ScorerName, Scores, contributions, score_pool
+from sae_ray.curate.select import (
+    Quota,
+    Selection,
+    SelectorName,
+    candidates_needed,
+    select,
+)
+from sae_ray.errors import ConfigError, ModelError
+from sae_ray.explain.page import fill_page
+from sae_ray.explain.report import render
+from sae_ray.pool import plan, read
+from sae_ray.sae.labels import read_labels
+
+logger = logging.getLogger(__name__)
+
+KIND = "selection"
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """One description and what a person added to it."""
+
+    task: str
+    budget_examples: int = 500
+    budget_tokens: int | None = None
+    keep: tuple[str, ...] = ()
+    drop: tuple[str, ...] = ()
+    examples: str | None = None
+    """Source of rows given: any that a pool may be."""
+    pseudo_queries: str | None = None
+    """Source of conversations that a model wrote from the description."""
+    evaluation: tuple[str, ...] = ()
+    """Sources that the selection must not repeat."""
+    scorer: ScorerName = "fused"
+    selector: SelectorName = "greedy"
+    quota: float | None = None
+    """Largest share of the selection that one value of `quota_column` may take."""
+    quota_column: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What a request gave."""
+
+    profile: Profile
+    selection: Selection
+    scores: Scores
+    contaminated: dict[str, list[str]]
+    """Evaluation source -> ids of selected rows that share a 13-gram with it."""
+
+    def warnings(self) -> list[str]:
+        """Say what to know before trusting the selection."""
+        found = [*self.profile.why, *self.profile.warnings]
+        if abs(self.scores.length_correlation) > 0.5:
+            found.append(
+                f"scores go with length (rank correlation {self.scores.length_correlation:.2f}): look "
+                "whether the task does"
+            )
+        for source, ids in self.contaminated.items():
+            if ids:
+                found.append(f"{len(ids)} selected rows share a 13-gram with {source}: {ids[0]}, ...")
+        return found
+
+
+class Curator:
+    """An index, its labels and its SAE's decoder, ready for descriptions."""
+
+    def __init__(self, index: FeatureIndex, labels: str | None = None) -> None:
+        self.index = index
+        self.labels = _labels_of(str(index.manifest.config["sae"]), labels)
+
+    @cached_property
+    def _decoder(self) -> np.ndarray:
+        return self.index.scorer.encoder.W_dec.float().cpu().numpy()
+
+    def answer(self, request: Request) -> Outcome:
+        """Turn a request into a selection; nothing is written."""
+        if request.budget_examples > self.index.num_rows:
+            raise ConfigError(
+                f"budget_examples={request.budget_examples} but the pool holds "
+                f"{self.index.num_rows} readable rows: ask for at most as many"
+            )
+        profile = build_profile(
+            request.task,
+            self.index,
+            examples=self._read(request.examples),
+            keep=request.keep,
+            drop=request.drop,
+            pseudo_queries=self._read(request.pseudo_queries),
+            labels=self.labels,
+            decoder=self._decoder,
+        )
+        scores = score_pool(
+            self.index,
+            profile,
+            request.scorer,
+            num_candidates=candidates_needed(request.budget_examples),
+        )
+        selection = select(
+            self.index,
+            profile,
+            scores,
+            request.budget_examples,
+            budget_tokens=request.budget_tokens,
+            selector=request.selector,
+            quota=self._quota(request),
+        )
+        return Outcome(profile, selection, scores, self._contaminated(request, selection))
+
+    def curate(self, request: Request, path: str) -> Manifest:
+        """Answer a request into a folder, unless that is done.
+
+        Raises:
+            TaskError, ConfigError: the request cannot be answered.
+            ArtifactError: the folder holds something else, or the disk is full.
+        """
+        settings: dict[str, JsonValue] = {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in dataclasses.asdict(request).items()
+        }
+        parents = {"index": self.index.manifest.content_hash}
+        if begin(path, KIND, settings, parents) is State.FINISHED:
+            return open_artifact(path, KIND)
+        outcome = self.answer(request)
+        rows = self._explained(outcome)
+        write_selection(path, rows)
+        write_atomically(f"{path}/profile.json", outcome.profile.to_json().encode())
+        copy_rejected(self.index, path)
+        report = fill_page(
+            self.index, request, outcome, rows, self.labels, path, datetime.now(UTC).date()
+        )
+        write_atomically(f"{path}/report.html", render(report).encode("utf-8", "replace"))
+        counts: dict[str, JsonValue] = {
+            "num_rows": len(rows),
+            "num_tokens": int(outcome.selection.n_tokens.sum()),
+            "abstained": outcome.profile.abstained,
+            "num_near_duplicates": outcome.selection.num_near_duplicates,
+            "contaminated": {name: len(ids) for name, ids in outcome.contaminated.items()},
+        }
+        return finish(path, counts, outcome.warnings())
+
+    def to_judge(self, outcome: Outcome) -> list[SelectedRow]:
+        """Return about 20 rows for a person to keep or drop."""
+        rows = rows_to_show(self.index, outcome.profile, outcome.scores)
+        block = self.index.take(rows)
+        reasons = contributions(block, outcome.profile, self.index.stats.on_threshold)
+        scores = outcome.scores.total[rows].tolist()
+        return explain_rows(self.index, rows.tolist(), scores, reasons, self.labels)
+
+    def _explained(self, outcome: Outcome) -> list[SelectedRow]:
+        chosen = outcome.selection
+        return explain_rows(
+            self.index, chosen.rows.tolist(), chosen.scores.tolist(), chosen.reasons, self.labels
+        )
+
+    def _read(self, source: str | None) -> IndexBlock | None:
+        """Score conversations from outside the pool."""
+        if source is None:
+            return None
+        conversations = [c for piece in plan(source).slices for c in read(piece).conversations]
+        return self.index.scorer(conversations, range(len(conversations))).block
+
+    def _quota(self, request: Request) -> Quota | None:
+        if (request.quota is None) != (request.quota_column is None):
+            raise ConfigError(
+                "quota and quota_column go together: --quota_column source --quota 0.4"
+            )
+        if request.quota is None or request.quota_column is None:
+            return None
+        if request.quota_column not in self.index.kept_columns:
+            raise ConfigError(
+                f"quota_column={request.quota_column!r} is not in the index, which carries "
+                f"{', '.join(self.index.kept_columns) or 'no columns'}: index the pool with "
+                f"--keep_columns {request.quota_column}"
+            )
+        return Quota(self.index.column(request.quota_column), request.quota)
+
+    def _contaminated(self, request: Request, selection: Selection) -> dict[str, list[str]]:
+        if not request.evaluation:
+            return {}
+        texts = {source: _texts(source) for source in request.evaluation}
+        return contaminated(self.index.conversations(selection.rows), texts)
+
+
+def _texts(source: str) -> Iterator[str]:
+    for piece in plan(source).slices:
+        for conversation in read(piece).conversations:
+            yield conversation.text()
+
+
+def _labels_of(sae: str, given: str | None) -> Mapping[int, str]:
+    """Read the labels given, or those that lie in or beside the SAE's folder."""
+    if given is not None:
+        return read_labels(given, sae)
+    for path in (Path(sae) / "labels.json", Path(sae).parent / "labels.json"):
+        if path.is_file():
+            try:
+                return read_labels(path, sae)
+            except ModelError as error:
+                logger.warning("%s", error)
+    return {}

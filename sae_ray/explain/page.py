@@ -1,0 +1,247 @@
+"""Filling the curation page: from an index and an outcome to what the report shows."""
+
+import datetime
+import random
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from sae_ray.curate.block import IndexBlock
+from sae_ray.curate.concepts import rows_on
+from sae_ray.curate.index import FeatureIndex
+from sae_ray.curate.output import SelectedRow, explain_rows
+from sae_ray.curate.profile import ProfileLatent
+from sae_ray.curate.refine import NUM_TOP, rows_to_show
+from sae_ray.curate.score import contributions
+from sae_ray.explain.report import (
+    LATENTS_IN_FULL,
+    ROWS_IN_FULL,
+    Candidate,
+    CurationReport,
+    LatentCard,
+    Notice,
+    Reason,
+    Refine,
+    Share,
+    ShownRow,
+    histogram,
+    shares,
+)
+from sae_ray.explain.shading import Context, context, distinct, plain, shade
+
+if TYPE_CHECKING:
+    from sae_ray.explain.curation import Outcome, Request
+
+NUM_RANDOM = 8
+CONTEXTS = 4
+_SEED = 0
+
+
+class _Page:
+    """One page being filled."""
+
+    def __init__(
+        self, index: FeatureIndex, outcome: "Outcome", labels: Mapping[int, str]
+    ) -> None:
+        self.index, self.outcome, self.labels = index, outcome, labels
+        self.sources = index.column("source") if "source" in index.kept_columns else None
+        self.thresholds = index.stats.on_threshold
+
+    def rows(self, explained: Sequence[SelectedRow], *, ranked: bool) -> list[ShownRow]:
+        """Show rows, those of the first `ROWS_IN_FULL` that are ranked, and all others, shaded."""
+        shown = []
+        for rank, one in enumerate(explained):
+            if ranked and rank >= ROWS_IN_FULL:
+                turns = plain(one.conversation)
+            else:
+                latents = [reason.latent for reason in one.reasons]
+                scale = self.index.stats.p99_on[latents]
+                turns = shade(one.conversation, one.trace, latents, scale)
+            shown.append(
+                ShownRow(
+                    id=one.conversation.id,
+                    score=one.score,
+                    turns=turns,
+                    n_tokens=one.n_tokens,
+                    rank=rank + 1 if ranked else None,
+                    source=self.sources[one.row] if self.sources else None,
+                    reasons=[
+                        Reason(r.latent, r.label, r.weight, r.tokens) for r in one.reasons
+                    ],
+                )
+            )
+        return shown
+
+    def explain(self, rows: Sequence[int]) -> list[ShownRow]:
+        """Show rows that are not ranked, with the latents that speak for them."""
+        block = self.index.take(rows)
+        reasons = contributions(block, self.outcome.profile, self.thresholds)
+        scores = self.outcome.scores.total[np.asarray(rows, dtype=np.int64)].tolist()
+        explained = explain_rows(self.index, rows, scores, reasons, self.labels)
+        return self.rows(explained, ranked=False)
+
+    def cards(self) -> list[LatentCard]:
+        """Describe the profile's concepts, heaviest first, with their strongest contexts."""
+        groups: defaultdict[int, list[ProfileLatent]] = defaultdict(list)
+        for one in self.outcome.profile.latents:
+            groups[one.group].append(one)
+        leaders = [members[0] for members in groups.values()]
+        background, selected = self.index.background, self._selected()
+        contexts = self._contexts([one.latent for one in leaders[:LATENTS_IN_FULL]])
+        in_pool, in_selection = (
+            np.asarray(rows_on(block, self.thresholds).mean(axis=0)).ravel()
+            for block in (background, selected)
+        )
+        return [
+            LatentCard(
+                latent=one.latent,
+                weight=one.weight,
+                label=one.label,
+                evidence=one.evidence,
+                document_frequency=float(self.index.stats.document_frequency[one.latent]),
+                contexts=contexts.get(one.latent, []),
+                grouped=[other.latent for other in groups[one.group][1:]],
+                strong_in=(float(in_pool[one.latent]), float(in_selection[one.latent])),
+            )
+            for one in leaders
+        ]
+
+    def _selected(self) -> IndexBlock:
+        place = {int(row): i for i, row in enumerate(self.outcome.scores.candidates.rows)}
+        rows = self.outcome.selection.rows.tolist()
+        if all(row in place for row in rows):
+            return self.outcome.scores.candidates.take([place[row] for row in rows])
+        return self.index.take(rows)
+
+    def _contexts(self, latents: Sequence[int]) -> dict[int, list[Context]]:
+        """Find where latents are strongest among the background rows."""
+        maxes = self.index.background.pooled("max").tocsc()[:, list(latents)].tocsc()
+        best: dict[int, list[int]] = {}
+        for i, latent in enumerate(latents):
+            column = slice(maxes.indptr[i], maxes.indptr[i + 1])
+            order = np.argsort(-maxes.data[column], kind="stable")[: CONTEXTS + 2]
+            best[latent] = maxes.indices[column][order].tolist()
+        places = sorted({place for found in best.values() for place in found})
+        rows = self.index.background.rows[places]
+        conversations = self.index.conversations(rows)
+        traces = self.index.scorer.traces(conversations, np.asarray(latents, dtype=np.int64))
+        at = {place: i for i, place in enumerate(places)}
+        return {
+            latent: distinct(
+                [
+                    context(
+                        conversations[at[place]],
+                        traces[at[place]],
+                        latents,
+                        column,
+                        float(self.index.stats.p99_on[latent]),
+                    )
+                    for place in best[latent]
+                ],
+                CONTEXTS,
+            )
+            for column, latent in enumerate(latents)
+        }
+
+
+def fill_page(
+    index: FeatureIndex,
+    request: "Request",
+    outcome: "Outcome",
+    rows: Sequence[SelectedRow],
+    labels: Mapping[int, str],
+    path: str,
+    today: datetime.date,
+) -> CurationReport:
+    """Gather what the page says of one request."""
+    page = _Page(index, outcome, labels)
+    selection, scores = outcome.selection, outcome.scores
+    chosen = np.zeros(index.num_rows, dtype=bool)
+    chosen[selection.rows] = True
+    sample = random.Random(_SEED).sample(range(index.num_rows), min(NUM_RANDOM, index.num_rows))
+    judged = rows_to_show(index, outcome.profile, scores).tolist()
+    return CurationReport(
+        task=outcome.profile.task,
+        budget=_budget(request),
+        created=f"{today.day} {today:%B %Y}",
+        index=index.path,
+        num_pool=index.num_rows,
+        pool_tokens=int(index.n_tokens.sum()),
+        selected_tokens=int(selection.n_tokens.sum()),
+        selected=page.rows(rows, ranked=True),
+        random=page.explain(sample),
+        latents=page.cards(),
+        scores=histogram(
+            scores.total, chosen, cut=float(selection.scores.min()) if len(rows) else None
+        ),
+        prompt_tokens=histogram(index.n_tokens[:, 0], chosen, log=True),
+        response_tokens=histogram(index.n_tokens[:, 1], chosen, log=True),
+        refine=Refine(
+            settings=_next_settings(index, request),
+            out=_next_path(path),
+            candidates=[
+                Candidate(row, "top" if i < NUM_TOP else "undecided")
+                for i, row in enumerate(page.explain(judged))
+            ],
+            kept=request.keep,
+            dropped=request.drop,
+        ),
+        sources=shares(page.sources, chosen) if page.sources else [],
+        near_duplicates=None,
+        notices=_notices(index, outcome),
+        provenance={
+            "index": index.manifest.content_hash,
+            "model": str(index.manifest.config["lm"]),
+            "SAE": str(index.manifest.config["sae"]),
+            **index.manifest.versions,
+        },
+        config=dict(index.manifest.config),
+    )
+
+
+def _budget(request: "Request") -> str:
+    text = f"{request.budget_examples:,} examples"
+    return text + (f", {request.budget_tokens:,} tokens" if request.budget_tokens else "")
+
+
+def _next_settings(index: FeatureIndex, request: "Request") -> dict[str, str]:
+    """Return the flags that make the same request again."""
+    flags = {"task": request.task, "index": index.path}
+    flags["budget_examples"] = str(request.budget_examples)
+    for name in ("budget_tokens", "examples", "pseudo_queries", "quota", "quota_column"):
+        value = getattr(request, name)
+        if value is not None:
+            flags[name] = str(value)
+    if request.scorer != "fused":
+        flags["scorer"] = request.scorer
+    if request.selector != "greedy":
+        flags["selector"] = request.selector
+    if request.evaluation:
+        flags["evaluation"] = ",".join(request.evaluation)
+    return flags
+
+
+def _next_path(path: str) -> str:
+    """Return the next round's folder: maths -> maths-2 -> maths-3."""
+    head, dash, tail = path.rstrip("/").rpartition("-")
+    return f"{head}-{int(tail) + 1}" if dash and tail.isdecimal() else f"{path.rstrip('/')}-2"
+
+
+def _notices(index: FeatureIndex, outcome: "Outcome") -> list[Notice]:
+    notices = [Notice("stop", "Unsure", text) for text in outcome.profile.why]
+    notices += [
+        Notice("caution", "Look twice", text)
+        for text in outcome.warnings()
+        if text not in outcome.profile.why
+    ]
+    if rejected := index.manifest.extra.get("num_rejected"):
+        notices.append(
+            Notice("note", "Rejected rows", f"{rejected} rows of the pool could not be read: see rejected.parquet")
+        )
+    if truncated := index.manifest.extra.get("num_truncated"):
+        notices.append(
+            Notice("note", "Truncated rows", f"{truncated} rows are longer than what was read of them")
+        )
+    return notices

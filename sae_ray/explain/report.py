@@ -1,0 +1,360 @@
+"""The curation report: one self-contained page saying what was chosen, why, and what to do next.
+
+The caller fills `CurationReport`, mostly through `histogram` and `shares` here and through
+`shading`; `render` makes a page of it that needs no network. All of it is data from elsewhere, so
+the page is safe by construction: jinja2 escapes every value, the content security policy lets
+nothing load or run but the page's own style and script (by their hashes), and characters that
+would hide or reorder text are replaced by their names at the very end.
+"""
+
+import base64
+import dataclasses
+import hashlib
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import resources
+from itertools import islice
+from typing import Literal
+
+import jinja2
+import numpy as np
+from jaxtyping import Bool, Real
+from markupsafe import Markup, escape
+from pydantic import JsonValue
+
+from sae_ray.explain import command
+from sae_ray.explain.shading import Context, ShadedText, Turn, cut, fade, to_html, word_end
+
+ROWS_IN_FULL = 12
+"""Rows of the selection that are shown with their text and shading."""
+ROWS_LISTED = 1000
+"""Rows of the selection that have a line of their own at least."""
+LATENTS_IN_FULL = 24
+LATENTS_LISTED = 200
+NUM_HUES = 8
+"""Latents with a colour of their own; the page's style has as many."""
+
+_CONCEPTS = 12
+_MAX_TURNS = 24
+_CHARS_PER_MARK = 12
+"""Text that each mark of a row takes: the weakest give way, so that no row makes the page large."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class LatentCard:
+    """One latent of the profile."""
+
+    latent: int
+    weight: float
+    label: str | None
+    """What it stands for; where nobody has said, the page names its peak tokens instead."""
+    evidence: Mapping[str, float]
+    """How much each seed channel spoke for it, by the channel's name."""
+    document_frequency: float
+    """Share of the pool's rows in which it is on."""
+    contexts: Sequence[Context] = ()
+    grouped: Sequence[int] = ()
+    """Near-duplicates of it that count as the same concept."""
+    strong_in: tuple[float, float] | None = None
+    """Share of rows in which it is strong: of the pool, and of the selection."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Reason:
+    """A latent that earned a row its place."""
+
+    latent: int
+    label: str | None
+    contribution: float
+    tokens: Sequence[str] = ()
+    """Where it was strongest."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ShownRow:
+    """A row of the pool."""
+
+    id: str
+    score: float
+    turns: Sequence[Turn]
+    """From `shading.shade`, or `shading.plain` for rows that are only listed."""
+    n_tokens: int
+    rank: int | None = None
+    """Place in the selection, from 1; None for a row that is not in it."""
+    source: str | None = None
+    reasons: Sequence[Reason] = ()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Candidate:
+    """A row that the reader is asked to judge."""
+
+    row: ShownRow
+    why: Literal["top", "undecided"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Refine:
+    """What the reader is asked, and the command that the answers compose."""
+
+    settings: Mapping[str, str]
+    """Flags of the next run but `keep`, `drop` and `out`: `{"task": ..., "index": ...}`."""
+    out: str
+    """Where the next run writes."""
+    candidates: Sequence[Candidate] = ()
+    kept: Sequence[str] = ()
+    """Ids kept for this run and those before it: the next command carries them on."""
+    dropped: Sequence[str] = ()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Histogram:
+    """Pool and selection over the same bins."""
+
+    edges: Sequence[float]
+    pool: Sequence[int]
+    selection: Sequence[int]
+    cut: float | None = None
+    """The score of the last row chosen."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Share:
+    """How common something is in the pool and in the selection, 0 to 1 each."""
+
+    name: str
+    pool: float
+    selection: float
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Notice:
+    """Something to know before trusting the selection, in plain words."""
+
+    level: Literal["stop", "caution", "note"]
+    title: str
+    text: str
+
+
+@dataclasses.dataclass(frozen=True)
+class CurationReport:
+    """All that the page says."""
+
+    task: str
+    budget: str
+    """With its unit: `500 examples`."""
+    created: str
+    """A date for people: `21 November 2026`."""
+    index: str
+    num_pool: int
+    pool_tokens: int
+    selected_tokens: int
+    selected: Sequence[ShownRow]
+    """The whole selection in order; the first `ROWS_IN_FULL` appear with their text."""
+    random: Sequence[ShownRow]
+    """Rows drawn from the whole pool at random."""
+    latents: Sequence[LatentCard]
+    scores: Histogram
+    prompt_tokens: Histogram
+    response_tokens: Histogram
+    refine: Refine
+    sources: Sequence[Share] = ()
+    """Empty where the pool names no sources."""
+    near_duplicates: Share | None = None
+    """Share of rows that nearly repeat another one."""
+    notices: Sequence[Notice] = ()
+    provenance: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    config: Mapping[str, JsonValue] = dataclasses.field(default_factory=dict)
+
+
+def histogram(
+    values: Real[np.ndarray, " rows"],
+    chosen: Bool[np.ndarray, " rows"],
+    *,
+    bins: int = 40,
+    log: bool = False,
+    cut: float | None = None,
+) -> Histogram:
+    """Count the pool and the chosen part of it over the same bins."""
+    finite = np.isfinite(values)
+    values, chosen = values[finite], chosen[finite]
+    low, high = (float(values.min()), float(values.max())) if len(values) else (0.0, 1.0)
+    if log:  # lengths: 0 and 1 share the first bin
+        low, high = max(low, 1.0), max(high, 2.0)
+        edges = np.geomspace(low, max(high, 2 * low), bins + 1)
+        values = np.maximum(values, low)
+    else:
+        edges = np.linspace(low, high if high > low else low + 1, bins + 1)
+    pool, selection = (np.histogram(v, edges)[0].tolist() for v in (values, values[chosen]))
+    return Histogram(edges.tolist(), pool, selection, cut)
+
+
+def shares(
+    names: Sequence[str], chosen: Bool[np.ndarray, " rows"], *, most: int = 10
+) -> list[Share]:
+    """Return the commonest names of the selection, then all others together."""
+    pool = Counter(names)
+    selection = Counter(name for name, is_chosen in zip(names, chosen, strict=True) if is_chosen)
+    num_selected = max(1, selection.total())
+    foremost = sorted(pool, key=lambda name: (-selection[name], -pool[name], name))[:most]
+    listed = [Share(n, pool[n] / len(names), selection[n] / num_selected) for n in foremost]
+    if num_others := len(pool) - len(foremost):
+        rest = (1 - sum(s.pool for s in listed), 1 - sum(s.selection for s in listed))
+        listed.append(Share(f"{num_others:,} others", max(0.0, rest[0]), max(0.0, rest[1])))
+    return listed
+
+
+def render(report: CurationReport) -> str:
+    """Return the page; the same report gives the same bytes."""
+    style, script = _asset("report.css"), _asset("report.js")
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    refine = report.refine
+    asked = (refine.settings, refine.out, refine.kept, refine.dropped)
+    page = environment.from_string(_asset("report.html.jinja")).render(
+        report=report,
+        view=_View(report),
+        policy=f"default-src 'none'; style-src '{_csp_hash(style)}'; script-src "
+        f"'{_csp_hash(script)}'; base-uri 'none'; form-action 'none'",
+        style=Markup(style),
+        script=Markup(script),
+        command=command.compose(*asked),
+        recipe=command.recipe(*asked),
+        ascii_json=command.ascii_json,
+    )
+    return page.lstrip().translate(_VISIBLE)
+
+
+def _unseen() -> Iterator[int]:
+    """Yield code points that show nothing, reorder their neighbours or cannot be written."""
+    for start, end in (
+        (0x7F, 0xA0),
+        (0x61C, 0x61D),
+        (0x200B, 0x200C),
+        (0x200E, 0x2010),
+        (0x2028, 0x202F),
+        (0x2060, 0x2070),
+        (0xD800, 0xE000),  # lone surrogates
+        (0xFDD0, 0xFDF0),
+        (0xFEFF, 0xFF00),
+        (0xFFF0, 0xFFFC),
+        (0xE0000, 0xE0080),
+    ):
+        yield from range(start, end)
+
+
+_VISIBLE = {code: f"⟨U+{code:04X}⟩" for code in _unseen()} | {
+    code: chr(0x2400 + code) for code in range(0x20) if chr(code) not in "\n\t"
+}
+
+
+def _asset(name: str) -> str:
+    return resources.files("sae_ray.explain").joinpath(name).read_text(encoding="utf-8")
+
+
+def _csp_hash(text: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+class _View:
+    """What the template asks beside the report itself: order, names, colours, text as HTML."""
+
+    def __init__(self, report: CurationReport) -> None:
+        self.top = report.selected[:ROWS_IN_FULL]
+        self.listed = report.selected[ROWS_IN_FULL:ROWS_LISTED]
+        self.unlisted = max(0, len(report.selected) - ROWS_LISTED)
+        cards = sorted(report.latents, key=lambda card: (-abs(card.weight), card.latent))
+        self.cards = cards[:LATENTS_IN_FULL]
+        self.more_cards = cards[LATENTS_IN_FULL:LATENTS_LISTED]
+        self.unlisted_cards = max(0, len(cards) - LATENTS_LISTED)
+        self.heaviest = max((abs(card.weight) for card in cards), default=0.0) or 1.0
+        self.channels = {
+            channel: max(card.evidence.get(channel, 0.0) for card in cards)
+            for channel in dict.fromkeys(c for card in cards for c in card.evidence)
+        }
+        rows = [*report.selected, *report.random, *(c.row for c in report.refine.candidates)]
+        self._names = {r.latent: r.label for row in rows for r in row.reasons if r.label}
+        self._names |= {card.latent: name for card in cards if (name := _name(card))}
+        earned: Counter[int] = Counter()
+        for reason in (reason for row in self.top for reason in row.reasons):
+            earned[reason.latent] += reason.contribution  # pyright: ignore[reportArgumentType]
+        most = sorted(earned, key=lambda latent: (-earned[latent], latent))[:NUM_HUES]
+        self.hues = {latent: f"l{i}" for i, latent in enumerate(most)}
+
+    def name(self, latent: int) -> str:
+        """Return a latent's label, or what else is known of it."""
+        return self._names.get(latent) or f"latent {latent}"
+
+    def hue(self, latent: int) -> str:
+        """Return the class of its colour; latents past the first few share one."""
+        return self.hues.get(latent, "lx")
+
+    def html(self, pieces: Sequence[ShadedText]) -> Markup:
+        """Return shaded text."""
+        return to_html(pieces, self.name, self.hue)
+
+    def turns(self, row: ShownRow, fold: int, most: int) -> list[dict[str, object]]:
+        """Return a row's turns: their text at once, the rest of it folded, and how much is left.
+
+        Args:
+            row: the row.
+            fold: characters of a turn that are shown at once.
+            most: characters of all turns, folded or not; but every turn has a third of `fold`.
+        """
+        max_marks = most // _CHARS_PER_MARK
+        parts: list[tuple[Turn, list[ShadedText], int, int]] = []
+        for turn in row.turns[:_MAX_TURNS]:
+            length = sum(len(piece.text) for piece in turn.pieces)
+            end = min(length, max(most, fold // 3))
+            at_once = end if end <= fold * 1.25 else word_end(turn.pieces, fold)
+            most = max(0, most - length)
+            parts.append((turn, cut(turn.pieces, 0, end), at_once, length - end))
+        strengths = sorted((p.strength for _, pieces, *_ in parts for p in pieces), reverse=True)
+        faintest = strengths[max_marks] if len(strengths) > max_marks else 0.0
+        return [
+            {
+                "role": turn.role,
+                "text": self.html(fade(cut(pieces, 0, at_once), faintest)),
+                "folded": self.html(fade(folded := cut(pieces, at_once, sys.maxsize), faintest)),
+                "num_folded": sum(len(piece.text) for piece in folded),
+                "num_cut": num_cut,
+            }
+            for turn, pieces, at_once, num_cut in parts
+        ]
+
+    @property
+    def concepts(self) -> list[Share]:
+        """Return how common the foremost latents are in pool and selection."""
+        return [
+            Share(self.name(card.latent), *card.strong_in)
+            for card in self.cards[:_CONCEPTS]
+            if card.strong_in is not None
+        ]
+
+    @staticmethod
+    def words(tokens: Sequence[str], most: int = 4) -> list[str]:
+        """Return what can be read of some tokens: each once, punctuation only if nothing else."""
+        stripped = list(dict.fromkeys(token.strip() for token in tokens if token.strip()))
+        return ([t for t in stripped if any(map(str.isalnum, t))] or stripped)[:most]
+
+    @staticmethod
+    def breakable(name: str) -> Markup:
+        """Let a long name break behind its punctuation."""
+        return Markup(re.sub(r"([_/.])(?=\w)", r"\1<wbr>", str(escape(name))))
+
+    @staticmethod
+    def excerpt(row: ShownRow, length: int = 140) -> str:
+        """Return how a row begins, on one line."""
+        said = (piece for turn in row.turns if turn.role != "system" for piece in turn.pieces)
+        line = " ".join("".join(piece.text for piece in islice(said, length)).split())
+        return line[:length].rstrip() + "…" * (len(line) > length)
+
+
+def _name(card: LatentCard) -> str | None:
+    """Return a card's label, or the tokens at its peaks."""
+    peaks = [p.text.lower() for c in card.contexts for p in c.pieces if p.peak]
+    words = _View.words(peaks)
+    return card.label or ("“" + "” “".join(words) + "”" if words else None)

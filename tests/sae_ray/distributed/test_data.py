@@ -1,0 +1,49 @@
+from pathlib import Path
+
+import pytest
+
+from sae_ray.artifacts import content_hash
+from sae_ray.curate.index import KIND
+from sae_ray.curate.settings import IndexSettings
+from sae_ray.distributed.data import build_index, fingerprint
+from sae_ray.errors import ModelError
+
+
+def built(settings: IndexSettings, path: str, num_workers: int) -> str:
+    steps = list(build_index(settings.model_copy(update={"num_workers": num_workers}), path))
+    assert [step.shards for step in steps] == [1, 2, 3, 4]
+    return content_hash(path, KIND)
+
+
+def test_any_number_of_workers_gives_the_same_bytes(
+    tiny_settings: IndexSettings, tmp_path: Path, ray_cluster: None
+) -> None:
+    here = built(tiny_settings, str(tmp_path / "here"), 0)
+    assert built(tiny_settings, str(tmp_path / "one"), 1) == here
+    assert built(tiny_settings, str(tmp_path / "two"), 2) == here
+
+
+def test_an_error_in_a_worker_reaches_the_user_as_it_was_meant(
+    tiny_settings: IndexSettings, tmp_path: Path, ray_cluster: None
+) -> None:
+    checked = tiny_settings.model_copy(update={"check_fit": True, "num_workers": 1})
+    with pytest.raises(ModelError, match="another model or layer"):
+        list(build_index(checked, str(tmp_path / "index")))
+
+
+def test_index_and_pool_may_lie_on_s3(
+    tiny_settings: IndexSettings, tmp_path: Path, s3_folder: str
+) -> None:
+    import s3fs  # noqa: PLC0415 - only where S3 is tested
+
+    s3fs.S3FileSystem().put_file(tiny_settings.pool_source, f"{s3_folder}/pool.jsonl")
+    on_s3 = tiny_settings.model_copy(update={"pool": f"{s3_folder}/pool.jsonl"})
+    assert built(on_s3, f"{s3_folder}/index", 0) == built(tiny_settings, str(tmp_path / "i"), 0)
+
+
+def test_a_model_is_known_by_its_weights(tiny_sae: Path) -> None:
+    before = fingerprint(str(tiny_sae))
+    weights = tiny_sae / "sae_weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+    assert fingerprint(str(tiny_sae)) != before
+    assert fingerprint("google/gemma-2-2b") == "google/gemma-2-2b"
