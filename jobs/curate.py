@@ -5,7 +5,6 @@ import sys
 from typing import ClassVar
 
 from pydantic import Field
-from rich import print  # noqa: A004
 
 from sae_ray.config import OutputPath, run_job
 from sae_ray.curate.index import FeatureIndex
@@ -15,13 +14,14 @@ from sae_ray.curate.settings import IndexSettings
 from sae_ray.distributed.data import ensure_index
 from sae_ray.distributed.progress import watch
 from sae_ray.explain.curation import Curator, Request
+from sae_ray.explain.prompt import refine
 
 
 class Config(IndexSettings):
     """From one sentence to the conversations that teach it, with the reason for every row.
 
     python jobs/curate.py --task "Solve maths word problems" --out runs/maths
-    python jobs/curate.py --task "..." --index runs/index --keep id1,id2 --drop id3 --out runs/maths-2
+    python jobs/curate.py --task "..." --index runs/maths-index --keep a,b --drop c --out runs/two
     python jobs/curate.py --task "..." --pool chats.jsonl --lm ./model --sae ./sae --out runs/mine
 
     Look at report.html in the output folder: it shows rows to judge and composes the next command.
@@ -66,19 +66,20 @@ class Config(IndexSettings):
 
     def request(self) -> Request:
         """Return what is asked of the index."""
-        names = set(Request.__dataclass_fields__) & set(type(self).model_fields)
-        values = {name: getattr(self, name) for name in names}
-        return Request(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        return Request.model_validate(self.model_dump(include=set(Request.model_fields)))
 
 
 def main(config: Config) -> int:
     """Index the pool if need be, curate, and say where the result is."""
     path = config.index or f"{config.out.rstrip('/')}-index"
     watch(ensure_index(config, path))
-    manifest = Curator(FeatureIndex(path), config.labels).curate(config.request(), config.out)
+    curator, request = Curator(FeatureIndex(path), config.labels), config.request()
+    if config.interactive and (request := refine(curator, request, input, print)) is None:
+        return 0
+    manifest = curator.curate(request, config.out)
     for warning in manifest.warnings:
-        print(f"[yellow]warning[/yellow]: {warning}")
-    print(f"[bold]{config.out}[/bold]: {manifest.extra['num_rows']} rows; read {config.out}/report.html")
+        print(f"warning: {warning}")
+    print(f"{config.out}: {manifest.extra['num_rows']} rows; read {config.out}/report.html")
     return 3 if config.strict and manifest.extra["abstained"] else 0
 
 

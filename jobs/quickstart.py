@@ -6,8 +6,6 @@ from pathlib import Path
 from typing import ClassVar
 
 from pydantic import Field
-from rich import print  # noqa: A004
-from rich.markup import escape
 
 from sae_ray.config import run_job
 from sae_ray.curate.index import FeatureIndex
@@ -19,7 +17,7 @@ from sae_ray.explain.curation import Curator, Request
 
 
 class Config(IndexSettings):
-    """The whole service on one laptop: from a sentence to a selection and the page that explains it.
+    """The whole service on one laptop: from a sentence to a selection, and the page about it.
 
     python jobs/quickstart.py
     python jobs/quickstart.py --task "Plan a day by the clock" --name clock
@@ -43,20 +41,20 @@ def main(config: Config) -> None:
     folder = Path("out") / config.name
     index = str(folder.parent / "index" if config.pool is None else folder / "index")
 
-    print("[bold]1.[/bold] read the pool once through a model and its SAE")
+    print("1. read the pool once through a model and its SAE")
     watch(ensure_index(config, index))
 
-    print(f"[bold]2.[/bold] curate for: [italic]{config.task}[/italic]")
+    print(f"2. curate for: {config.task}")
     selection = str(folder / "selection")
-    request = Request(config.task, config.budget_examples)
+    request = Request(task=config.task, budget_examples=config.budget_examples)
     manifest = Curator(FeatureIndex(index)).curate(request, selection)
     for warning in manifest.warnings:
-        print(f"   [yellow]{warning}[/yellow]")
+        print(f"   {warning}")
 
-    print("[bold]3.[/bold] the first rows, and why")
+    print("3. the first rows, and why")
     for text in preview(selection, 3):
-        print(escape(text))
-    print(f"\n[bold]Open {selection}/report.html[/bold]; tick rows there and run what it composes.")
+        print(text)
+    print(f"\nOpen {selection}/report.html; tick rows there and run what it composes.")
 
 
 if __name__ == "__main__":

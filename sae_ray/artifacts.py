@@ -224,6 +224,14 @@ def write_atomically(path: str, content: bytes) -> FileRecord:
     return FileRecord(sha256=hashlib.sha256(content).hexdigest(), bytes=len(content))
 
 
+def read_file(path: str) -> bytes:
+    """Return the content of one file."""
+    fs, target = locate(path)
+    content = fs.cat_file(target)
+    assert isinstance(content, bytes)
+    return content
+
+
 def hash_file(path: str) -> FileRecord:
     """Hash a file as it streams by."""
     fs, target = locate(path)

@@ -14,12 +14,12 @@ import itertools
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypedDict
+from typing import TypedDict, cast
 
 import numpy as np
 from jaxtyping import Bool, Int32, Int64, UInt8
 from jinja2 import TemplateError
-from tokenizers import Encoding
+from tokenizers import Encoding, Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from sae_ray.errors import ModelError
@@ -103,7 +103,7 @@ class _Frame:
 
 
 class ChatTokenizer:
-    """A Hugging Face tokenizer that says of each token whether a person or the template wrote it."""
+    """A Hugging Face tokenizer that tells what people said from what the template adds."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         if not tokenizer.is_fast:
@@ -132,17 +132,14 @@ class ChatTokenizer:
 
     def render(self, messages: Sequence[Message], *, generation_prompt: bool = False) -> str:
         """Return the text that the model reads."""
-        return self._render([list(messages)], generation_prompt)[0]
-
-    def _render(self, chats: list[list[Message]], generation_prompt: bool) -> list[str]:
         rendered = self.tokenizer.apply_chat_template(
-            chats,  # pyright: ignore[reportArgumentType]
+            list(messages),  # pyright: ignore[reportArgumentType]
             chat_template=self.template,
             tokenize=False,
             add_generation_prompt=generation_prompt,
             date_string=TEMPLATE_DATE,
         )
-        assert isinstance(rendered, list)
+        assert isinstance(rendered, str)
         return rendered
 
     def tokenize(
@@ -166,7 +163,7 @@ class ChatTokenizer:
             except (TemplateError, ValueError, TypeError, LookupError) as error:
                 rows.append(Unreadable(f"chat template: {_first_line(error)}"))
         texts = [row[0] for row in rows if not isinstance(row, Unreadable)]
-        backend = self.tokenizer.backend_tokenizer  # pyright: ignore[reportAttributeAccessIssue]
+        backend = cast(Tokenizer, self.tokenizer.backend_tokenizer)  # pyright: ignore
         encodings = iter(backend.encode_batch(texts, add_special_tokens=False) if texts else ())
         return [
             row if isinstance(row, Unreadable) else self._mark(next(encodings), *row, max_tokens)
@@ -205,14 +202,12 @@ class ChatTokenizer:
         for i in np.flatnonzero(added[:-1] & frame[:-1] & frame[1:] & ~added[1:]).tolist():
             if word := _ROLE_WORD.match(text, ends[i]):
                 kinds[i + 1 :][(starts[i + 1 :] < word.end()) & frame[i + 1 :]] = Kind.ROLE
-        return Tokens(
-            ids, kinds, response, np.maximum.accumulate(ends), len(encoding) > max_tokens
-        )
+        return Tokens(ids, kinds, response, np.maximum.accumulate(ends), len(encoding) > max_tokens)
 
     def _contents(
         self, messages: Sequence[Message], text: str, generation_prompt: bool
     ) -> list[tuple[int, int, bool]]:
-        """Return (start, end, by the assistant) of each content in the text, empty ones left out."""
+        """Return (start, end, by the assistant) of each content in the text, without empty ones."""
         key = (generation_prompt, tuple(message["role"] for message in messages))
         if key not in self._frames:
             self._frames[key] = self._frame(*key)

@@ -54,8 +54,8 @@ class HookPoint:
             return cls(int(match[1]), "resid_post")
         sites = "|".join(_SAE_LENS_NAMES)
         raise ModelError(
-            f"hook point {name!r} is not known: give blocks.LAYER.({sites}) or the module path of a "
-            "layer, such as model.layers.12"
+            f"hook point {name!r} is not known: give blocks.LAYER.({sites}) or the module path of "
+            "a layer, such as model.layers.12"
         )
 
     @property
@@ -156,7 +156,7 @@ class LanguageModel:
         if wrong := [name for name in wrong if not name.startswith(f"{family.final_norm}.")]:
             what = "has another shape" if wrong[0] in mismatched else "is missing"
             raise ModelError(
-                f"{len(wrong)} of the weights that config.json asks for are not in {path}: the first, "
+                f"{path} lacks {len(wrong)} of the weights that its config.json asks for: the first, "
                 f"{wrong[0]}, {what}; copy or download the model again"
             )
         setattr(model, family.final_norm, nn.Identity())
@@ -188,7 +188,7 @@ class LanguageModel:
     ) -> Iterator[None]:
         layers = self.model.get_submodule(self.family.layers)
         assert isinstance(layers, nn.ModuleList)
-        # What enters the first layer left out is what leaves the last one, into a norm without effect.
+        # What enters the first layer left out leaves the last one, into a norm without effect.
         place = self.family.final_norm if point.layer == len(layers) else ""
         layer = self.model.get_submodule(place or f"{self.family.layers}.{point.layer}")
 
@@ -218,7 +218,10 @@ class LanguageModel:
 @contextlib.contextmanager
 def _quiet_loading() -> Iterator[None]:
     """Keep transformers from reporting the layers that are left out on purpose."""
-    level, bar = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    level, bar = (
+        transformers_logging.get_verbosity(),
+        transformers_logging.is_progress_bar_enabled(),
+    )
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
@@ -235,8 +238,8 @@ def load_config(path: str | Path) -> PretrainedConfig:
         return AutoConfig.from_pretrained(str(path), trust_remote_code=False).get_text_config()
     except (OSError, ValueError) as error:
         raise ModelError(
-            f"no language model at {path}: {_first_line(error)}; give a folder with config.json and "
-            "model.safetensors, or a name on the Hugging Face hub"
+            f"no language model at {path}: {_first_line(error)}; give a folder with config.json "
+            "and model.safetensors, or a name on the Hugging Face hub"
         ) from error
 
 

@@ -263,6 +263,18 @@ def write_pool(path: Path, num_rows: int, seed: int = 0) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def make_tiny_sae() -> Callable[[Path], Path]:
+    """Saves a random SAE on the tiny Llama in a folder."""
+    return save_tiny_sae
+
+
+@pytest.fixture(scope="session")
+def make_pool() -> Callable[[Path, int], Path]:
+    """Writes a pool of so many conversations."""
+    return write_pool
+
+
 @pytest.fixture
 def tiny_sae(tmp_path: Path) -> Path:
     """The folder of a random SAE on the tiny Llama."""

@@ -18,7 +18,10 @@ SEGMENTS = ("prompt", "response")
 Segment = Literal["all", "prompt", "response"]
 Pooling = Literal["mean", "sum", "max", "count", "binary"]
 
-_HALF_MAX = float(np.finfo(np.float16).max)
+PEAK_BITS = 7
+"""Binary digits kept of how far a maximum stands above the mean when on (16-bit floats have 10):
+the rest is noise that does not compress, a tenth of the index."""
+_HALF_MAX = 2.0**15
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,10 +62,14 @@ class IndexBlock:
     def _values(self, how: Pooling, segment: Segment) -> np.ndarray:
         one = None if segment == "all" else SEGMENTS.index(segment)
         if how in ("mean", "sum"):
-            return self._means(one) if how == "mean" else self._means(one) * self._per_entry(
-                self.n_tokens.sum(1) if one is None else self.n_tokens[:, one]
+            return (
+                self._means(one)
+                if how == "mean"
+                else self._means(one)
+                * self._per_entry(self.n_tokens.sum(1) if one is None else self.n_tokens[:, one])
             )
-        assert self.maxes is not None and self.counts is not None, "read with means only"
+        assert self.maxes is not None, "read with means only"
+        assert self.counts is not None
         if how == "max":
             return self.maxes.max(1) if one is None else self.maxes[:, one]
         counts = self.counts.sum(1) if one is None else self.counts[:, one]
@@ -126,7 +133,9 @@ class IndexBlock:
             indptr=np.concatenate(
                 [[0], *(b.indptr[1:] + at for b, at in zip(blocks, offsets, strict=False))]
             ).astype(np.int64),
-            maxes=np.concatenate([b.maxes for b in blocks if b.maxes is not None]) if whole else None,
+            maxes=np.concatenate([b.maxes for b in blocks if b.maxes is not None])
+            if whole
+            else None,
             counts=np.concatenate([b.counts for b in blocks if b.counts is not None])
             if whole
             else None,
@@ -135,27 +144,40 @@ class IndexBlock:
         )
 
     def to_table(self) -> pa.Table:
-        """Return the block as a table; floats are halved, which is exact to 5e-4 of each value."""
+        """Return the block as a table of 16-bit floats, each column kind in a scale of its own.
+
+        Means and hidden states are exact to 5e-4 of each value; maxima to 5e-4, and 4e-3 of how
+        far they stand above the mean when on.
+        """
+        assert self.maxes is not None, "read with means only"
+        assert self.counts is not None
+        peaks = self._peaks()
+        scales = {"hidden": _scale(self.hidden), "latent": _scale(self.means, peaks)}
         index_type = pa.uint16() if self.d_sae <= 2**16 else pa.uint32()
+        count_type = np.uint16 if self.counts.max(initial=0) < 2**16 else np.uint32
         offsets = pa.array(self.indptr.astype(np.int32))
         columns: dict[str, pa.Array] = {
             "row": pa.array(self.rows),
             "id": pa.array(self.ids, pa.string()),
             "truncated": pa.array(self.truncated),
         }
-        assert self.maxes is not None and self.counts is not None
+        for name, scale in scales.items():
+            columns[f"{name}_scale"] = pa.array(np.full(len(self), scale, dtype=np.float32))
         for s, segment in enumerate(SEGMENTS):
+            hidden = (self.hidden[:, s] * scales["hidden"]).astype(np.float16)
             columns[f"{segment}_tokens"] = pa.array(self.n_tokens[:, s])
             columns[f"{segment}_l1"] = pa.array(self.l1[:, s])
             columns[f"{segment}_hidden"] = pa.FixedSizeListArray.from_arrays(
-                pa.array(_half(self.hidden[:, s]).ravel()), self.hidden.shape[2]
+                pa.array(hidden.ravel()), self.hidden.shape[2]
             )
-        columns["latents"] = pa.ListArray.from_arrays(offsets, pa.array(self.latents).cast(index_type))
+        columns["latents"] = pa.ListArray.from_arrays(
+            offsets, pa.array(self.latents).cast(index_type)
+        )
         for s, segment in enumerate(SEGMENTS):
             for name, values in (
-                ("mean", _half(self.means[:, s])),
-                ("peak", _half(self._peaks()[:, s])),
-                ("count", self.counts[:, s].astype(np.uint16)),
+                ("mean", (self.means[:, s] * scales["latent"]).astype(np.float16)),
+                ("peak", _rounded(peaks[:, s] * scales["latent"])),
+                ("count", self.counts[:, s].astype(count_type)),
             ):
                 columns[f"{segment}_{name}"] = pa.ListArray.from_arrays(offsets, pa.array(values))
         return pa.table(columns)
@@ -164,60 +186,90 @@ class IndexBlock:
     def from_table(cls, table: pa.Table, d_sae: int) -> "IndexBlock":
         """Read a table back; without the columns of maxima and counts these are None."""
         table = table.combine_chunks()
-        num = table.num_rows
-        lists = table["latents"].combine_chunks()
         whole = "prompt_peak" in table.column_names
+        offsets = table["latents"].combine_chunks().offsets.to_numpy().astype(np.int64)
+        indptr = offsets - offsets[0]
+        scale = table["latent_scale"].to_numpy()
 
-        def entries(name: str) -> np.ndarray:
-            columns = [_flat(table[f"{segment}_{name}"]) for segment in SEGMENTS]
-            dtype = np.int32 if name == "count" else np.float32
-            return np.stack([column.astype(dtype) for column in columns], axis=1)
+        def entries(name: str, dtype: type) -> np.ndarray:
+            # Filled column by column: half a gigabyte that is not held twice.
+            values = np.empty((indptr[-1], len(SEGMENTS)), dtype=dtype)
+            for s, segment in enumerate(SEGMENTS):
+                values[:, s] = _flat(table[f"{segment}_{name}"])
+            return values if dtype is np.int32 else _unscaled(values, scale, indptr)
 
-        offsets = lists.offsets.to_numpy().astype(np.int64)
+        hidden = np.stack([_flat(table[f"{s}_hidden"]) for s in SEGMENTS])
+        d_in = table["prompt_hidden"].type.list_size
+        hidden = hidden.reshape(len(SEGMENTS), table.num_rows, d_in).transpose(1, 0, 2)
         block = cls(
             rows=table["row"].to_numpy(),
             ids=table["id"].to_pylist(),
             n_tokens=np.stack([table[f"{s}_tokens"].to_numpy() for s in SEGMENTS], axis=1),
             truncated=table["truncated"].to_numpy(zero_copy_only=False),
-            hidden=np.stack(
-                [_flat(table[f"{s}_hidden"]).reshape(num, -1) for s in SEGMENTS], axis=1
-            ).astype(np.float32),
+            hidden=hidden.astype(np.float32) / table["hidden_scale"].to_numpy()[:, None, None],
             l1=np.stack([table[f"{s}_l1"].to_numpy() for s in SEGMENTS], axis=1),
-            indptr=offsets - offsets[0],
+            indptr=indptr,
             latents=_flat(table["latents"]).astype(np.int32),
-            means=entries("mean"),
+            means=entries("mean", np.float32),
             maxes=None,
-            counts=entries("count") if whole else None,
+            counts=entries("count", np.int32) if whole else None,
             d_sae=d_sae,
         )
         if not whole:
             return block
-        return dataclasses.replace(block, maxes=entries("peak") + block._means_when_on())
+        peaks = entries("peak", np.float32)
+        return dataclasses.replace(block, maxes=peaks + block._means_when_on())
 
     def _means_when_on(self) -> Float32[np.ndarray, "nnz 2"]:
         """Mean over the tokens at which a latent is on."""
         assert self.counts is not None
-        sums = self.means * np.repeat(self.n_tokens, np.diff(self.indptr), axis=0)
-        return (sums / np.maximum(self.counts, 1)).astype(np.float32)
+        sums = self.means * np.repeat(
+            self.n_tokens.astype(np.float32), np.diff(self.indptr), axis=0
+        )
+        return sums / np.maximum(self.counts, 1).astype(np.float32)
 
     def _peaks(self) -> Float32[np.ndarray, "nnz 2"]:
         """How far a maximum stands above the mean when on: 0 for the many on at one token only."""
-        assert self.maxes is not None and self.counts is not None
-        return np.where(self.counts > 1, self.maxes - self._means_when_on(), 0)
+        assert self.maxes is not None
+        assert self.counts is not None
+        above = np.maximum(self.maxes - self._means_when_on(), 0)
+        return above * (self.counts > 1)
 
 
 MEANS_ONLY = [
     "row",
     "id",
     "truncated",
+    "hidden_scale",
+    "latent_scale",
     *(f"{s}_{name}" for s in SEGMENTS for name in ("tokens", "l1", "hidden", "mean")),
     "latents",
 ]
 """The columns that mean pooling needs."""
 
 
-def _half(values: np.ndarray) -> np.ndarray:
-    return np.clip(values, -_HALF_MAX, _HALF_MAX).astype(np.float16)
+def _scale(*arrays: np.ndarray) -> float:
+    """Return the power of two that brings the largest value to the top of the 16-bit floats.
+
+    Some models' values are past their end (Gemma 3), some so small that digits would be lost.
+    """
+    largest = max(float(np.abs(values).max(initial=0)) for values in arrays)
+    return 2.0 ** np.clip(np.floor(np.log2(_HALF_MAX / largest)), -100, 100) if largest else 1.0
+
+
+def _unscaled(values: np.ndarray, scale: np.ndarray, indptr: np.ndarray) -> np.ndarray:
+    """Divide each row's entries by its scale, in place."""
+    if len(scale) and (scale == scale[0]).all():  # rows of one shard: no array of all the divisors
+        values *= 1 / scale[0]
+    else:
+        values /= np.repeat(scale, np.diff(indptr))[:, None]
+    return values
+
+
+def _rounded(values: np.ndarray) -> np.ndarray:
+    """Round to `PEAK_BITS` binary digits, as 16-bit floats."""
+    raw, dropped = values.astype(np.float16).view(np.uint16), 10 - PEAK_BITS
+    return ((raw + (1 << dropped - 1)) >> dropped << dropped).astype(np.uint16).view(np.float16)
 
 
 def _flat(column: pa.ChunkedArray) -> np.ndarray:

@@ -6,6 +6,7 @@ depend on who wrote which shard, nor on how often the work was interrupted.
 This module does not know how shards are given to workers.
 """
 
+import dataclasses
 import json
 import tempfile
 from collections import Counter
@@ -15,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import JsonValue
 from safetensors.numpy import save as save_tensors
 
 from sae_ray.artifacts import FileRecord, Manifest, finish, locate, write_atomically
@@ -107,10 +109,7 @@ def finish_index(path: str, num_shards: int, *, d_sae: int, max_rejected: float)
     stats = _stats(background, tallies, _template_counts(parts, d_sae))
     stats["excluded"] = np.array(sorted(shards.excluded), dtype=np.int64)
     known = {shard_name(part["shard"]): FileRecord(**part["record"]) for part in parts}
-    table = pa.Table.from_pylist(
-        [dict(zip(_REJECTED.names, (r.row, r.id, r.reason, r.excerpt), strict=True)) for r in rejected],
-        _REJECTED,
-    )
+    table = pa.Table.from_pylist([dataclasses.asdict(one) for one in rejected], _REJECTED)
     for name, content in (
         ("rejected.parquet", _parquet(table)),
         ("background.parquet", _parquet(background.to_table())),
@@ -118,7 +117,8 @@ def finish_index(path: str, num_shards: int, *, d_sae: int, max_rejected: float)
     ):
         known[name] = write_atomically(f"{path}/{name}", content)
     _build_lexical(path, shards)
-    counts = {
+    counts: dict[str, JsonValue] = {
+        "bytes_per_row": round(_num_bytes(path) / num_rows),
         "num_rows": num_rows,
         "num_rejected": len(rejected),
         "num_truncated": int(tallies["truncated"].item()),
@@ -127,7 +127,13 @@ def finish_index(path: str, num_shards: int, *, d_sae: int, max_rejected: float)
         "d_sae": d_sae,
         "d_in": background.hidden.shape[2],
     }
-    return finish(path, {**counts, "rejected": count_reasons(rejected)}, known=known)
+    counts["rejected"] = dict(count_reasons(rejected).items())
+    return finish(path, counts, known=known)
+
+
+def _num_bytes(path: str) -> int:
+    fs, root = locate(path)
+    return sum(fs.size(name) or 0 for name in fs.find(root) if "/." not in name[len(root) :])
 
 
 def _refuse_bad_pool(unread: list[Rejected], num_rows: int, max_rejected: float) -> None:
@@ -233,9 +239,8 @@ def _texts(shards: Shards) -> Iterator[tuple[str, str]]:
 
 def _parquet(table: pa.Table) -> bytes:
     """Encode a table: floats by byte, latents by difference; both halve what zstd leaves."""
-    names = [f"{name}.list.element" for name in table.column_names]
-    split = [n for n in names if n.endswith(("_mean.list.element", "_peak.list.element", "_hidden.list.element"))]
-    encoding = dict.fromkeys(split, "BYTE_STREAM_SPLIT")
+    split = [name for name in table.column_names if name.endswith(("_mean", "_peak", "_hidden"))]
+    encoding = {f"{name}.list.element": "BYTE_STREAM_SPLIT" for name in split}
     if "latents" in table.column_names:
         encoding["latents.list.element"] = "DELTA_BINARY_PACKED"
     sink = pa.BufferOutputStream()

@@ -34,6 +34,8 @@ class ProfileSettings:
     """How hard the direction turns away from dropped rows."""
     max_latents: int = 128
     """Latents in a profile."""
+    min_weight: float = 0.25
+    """Weight, of the heaviest latent's, below which a latent is noise."""
     max_template_share: float = 0.5
     """A latent that fires on template tokens more than this is about the format, not the task."""
     min_coherence: float = 0.15

@@ -26,7 +26,7 @@ from fsspec.implementations.local import LocalFileSystem
 from jaxtyping import Float32, Int32
 from safetensors.numpy import load as load_tensors
 
-from sae_ray.artifacts import Manifest, locate, open_artifact
+from sae_ray.artifacts import Manifest, locate, open_artifact, read_file
 from sae_ray.chat import Conversation
 from sae_ray.curate.block import MEANS_ONLY, SEGMENTS, IndexBlock
 from sae_ray.curate.lexical import LexicalIndex
@@ -191,9 +191,7 @@ class FeatureIndex:
         assert name in self.kept_columns
         return [one for table in self._shards.tables([name]) for one in table[name].to_pylist()]
 
-    def lexical_scores(
-        self, query: str | Mapping[str, float]
-    ) -> Float32[np.ndarray, " num_rows"]:
+    def lexical_scores(self, query: str | Mapping[str, float]) -> Float32[np.ndarray, " num_rows"]:
         """Return the BM25 score of every row, 0 where no term occurs; terms may carry weights."""
         return self._lexical.scores(query)
 
@@ -232,5 +230,4 @@ class FeatureIndex:
         return pa.concat_tables(tables).take(pa.array(np.argsort(order)))
 
     def _bytes(self, name: str) -> bytes:
-        fs, root = locate(self.path)
-        return fs.cat_file(f"{root}/{name}")
+        return read_file(f"{self.path}/{name}")

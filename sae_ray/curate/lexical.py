@@ -4,6 +4,7 @@ SQLite ships with Python, ranks with BM25, stems, keeps its memory flat and writ
 for the same rows. Prompt and response are two columns.
 """
 
+import re
 import sqlite3
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from sae_ray.curate.seeds import query_terms
+from sae_ray.errors import ArtifactError
 
 _CREATE = (
     "create virtual table pool using fts5(prompt, response, content='', "
@@ -37,10 +39,12 @@ class LexicalIndex:
     """An FTS5 file, opened for reading."""
 
     def __init__(self, path: str | Path, num_rows: int) -> None:
-        self.num_rows = num_rows
+        self.path, self.num_rows = Path(path), num_rows
         # A selection may be asked for from several threads of a service; reading is safe.
         self._database = sqlite3.connect(
-            f"file:{path}?mode=ro&immutable=1", uri=True, check_same_thread=False
+            f"{self.path.absolute().as_uri()}?mode=ro&immutable=1",
+            uri=True,
+            check_same_thread=False,
         )
 
     def scores(self, query: str | Mapping[str, float]) -> Float32[np.ndarray, " num_rows"]:
@@ -49,13 +53,21 @@ class LexicalIndex:
         scores = np.zeros(self.num_rows, dtype=np.float32)
         by_weight: dict[float, list[str]] = {}
         for term, weight in sorted(weights.items()):
-            by_weight.setdefault(weight, []).append(term.replace('"', ""))
+            by_weight.setdefault(weight, []).append(re.sub('["\0]', " ", term))
         for weight, terms in by_weight.items():
             match = " OR ".join(f'"{term}"' for term in terms)
-            found = self._database.execute(
-                "select rowid, -bm25(pool) from pool where pool match ?", (match,)
-            ).fetchall()
-            if found:
+            if found := self._found(match):
                 rows, ranks = zip(*found, strict=True)
                 scores[list(rows)] += weight * np.asarray(ranks, dtype=np.float32)
         return scores
+
+    def _found(self, match: str) -> list[tuple[int, float]]:
+        try:
+            return self._database.execute(
+                "select rowid, -bm25(pool) from pool where pool match ?", (match,)
+            ).fetchall()
+        except sqlite3.DatabaseError as error:
+            raise ArtifactError(
+                f"the lexical index {self.path} cannot be read: {error}; delete the index and "
+                "make it again"
+            ) from error

@@ -1,8 +1,8 @@
 """A selection on disk: the rows with their reasons, and the profile that earned them.
 
-    selection.parquet   id, rank, score, n_tokens, messages, reasons (latent, weight, label, tokens)
-    profile.json        the task as weighted latents, with evidence by channel
-    rejected.parquet    rows of the pool that could not be read
+selection.parquet   id, rank, score, n_tokens, messages, reasons (latent, weight, label, tokens)
+profile.json        the task as weighted latents, with evidence by channel
+rejected.parquet    rows of the pool that could not be read
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sae_ray.artifacts import FileRecord, locate, write_atomically
+from sae_ray.artifacts import FileRecord, locate, read_file, write_atomically
 from sae_ray.chat import Conversation
 from sae_ray.curate.index import FeatureIndex
 from sae_ray.curate.scorer import Trace
@@ -128,8 +128,8 @@ def preview(path: str, num_rows: int) -> list[str]:
     for row in rows:
         said = " ".join(row["messages"][0]["content"].split())
         reasons = [
-            f"{reason['label'] or 'latent %d' % reason['latent']} ({' '.join(reason['tokens'][:2])})"
-            for reason in row["reasons"][:3]
+            f"{one['label'] or 'latent {}'.format(one['latent'])} ({' '.join(one['tokens'][:2])})"
+            for one in row["reasons"][:3]
         ]
         lines.append(f"{row['rank']}. {said[:PREVIEW_CHARS]}\n   because: {'; '.join(reasons)}")
     return lines
@@ -137,8 +137,7 @@ def preview(path: str, num_rows: int) -> list[str]:
 
 def copy_rejected(index: FeatureIndex, path: str) -> FileRecord:
     """Copy the table of rows that could not be read beside the selection."""
-    fs, root = locate(index.path)
-    return write_atomically(f"{path}/rejected.parquet", fs.cat_file(f"{root}/rejected.parquet"))
+    return write_atomically(f"{path}/rejected.parquet", read_file(f"{index.path}/rejected.parquet"))
 
 
 def _strongest(trace: Trace, column: int) -> list[str]:

@@ -160,7 +160,7 @@ def build_profile(
     space = HiddenSpace.fit(index.background)
     drops = index.take(dropped) if dropped else None
     channels = given_channels(index, kept, examples, pseudo_queries, settings)
-    trusted = sum(channel.mass for channel in channels)
+    trusted = sum((channel.mass for channel in channels), start=0.0)
     lexical = strongest(lexical_evidence(index, task), settings.num_seeds, settings.seed_sharpness)
     if len(lexical.rows):
         words = lexical_channel(index, lexical, space, drops, channels, trusted)
@@ -241,7 +241,7 @@ def _latents(
     z = np.where(index.stats.template_share > settings.max_template_share, 0.0, np.maximum(z, 0))
     score = z + settings.label_weight * z.max(initial=0.0) * matches
     chosen = np.argsort(-score, kind="stable")[: settings.max_latents].astype(np.int64)
-    chosen = chosen[score[chosen] > 0]
+    chosen = chosen[score[chosen] > settings.min_weight * score.max(initial=0.0)]
     group = groups_of(chosen, background, decoder)
     prototype = np.asarray(blocks.pooled("mean").T @ (weights / mass)).ravel()
     shown = [*channels, *([Channel("description", own, False, np.ones(1), 1.0)] if own else [])]
@@ -276,7 +276,7 @@ def _label_matches(task: str, labels: Mapping[int, str] | None, d_sae: int) -> n
 
 
 def _seed_list(channels: list[Channel], drops: IndexBlock | None) -> tuple[Seed, ...]:
-    total = sum(channel.mass for channel in channels)
+    total = sum((channel.mass for channel in channels), start=0.0)
     seeds = [
         Seed(
             one,

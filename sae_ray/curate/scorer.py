@@ -24,6 +24,10 @@ ALL_LATENTS_UP_TO = 4096
 """d_sae up to which every active latent is kept; above it, the strongest of each row."""
 MAX_FVU = 0.8
 """A SAE that leaves more of the variance unexplained was not trained on these activations."""
+MIN_FIT_TOKENS = 64
+"""Tokens below which variance is not judged."""
+MAX_POOLED_VALUES = 2**24
+"""Latents pooled at once: with a wide SAE, short conversations need more room than their tokens."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,9 +87,7 @@ class LatentScorer:
         """
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         encoder = check_pair(config)
-        lm = LanguageModel.load(
-            config.lm, [encoder.hook_point], dtype=config.dtype, device=device
-        )
+        lm = LanguageModel.load(config.lm, [encoder.hook_point], dtype=config.dtype, device=device)
         encoder = encoder.to(dtype=getattr(torch, config.dtype), device=device)
         return cls(lm, encoder, ChatTokenizer.load(config.lm), config)
 
@@ -96,10 +98,10 @@ class LatentScorer:
             ModelError: it is so large that the SAE must be another model's.
         """
         tokens = [t for t in self._tokenize(conversations[:64]) if isinstance(t, Tokens) and len(t)]
-        if not tokens or self.encoder.d_in != self.encoder.W_dec.shape[1]:
+        if not tokens or self.encoder.is_transcoder:
             return None  # a transcoder writes elsewhere than it reads: nothing to compare
         fvu = self._unexplained(tokens)
-        if self.config.check_fit and not fvu <= MAX_FVU:
+        if self.config.check_fit and fvu is not None and not fvu <= MAX_FVU:
             raise ModelError(
                 f"SAE {self.config.sae} leaves {fvu:.0%} of the variance at {self.hook_point} of "
                 f"{self.config.lm} unexplained on the first {len(tokens)} conversations (allowed: "
@@ -122,13 +124,17 @@ class LatentScorer:
         template_counts = np.zeros(self.encoder.d_sae, dtype=np.int64)
         template_tokens = 0
         order: list[int] = []
-        for batch in _batches(kept, tokenised, self.config.batch_tokens):
+        for batch in self._batches(kept, tokenised):
             tokens = [t for i in batch if isinstance(t := tokenised[i], Tokens)]
             block, counts = self._score_batch(
                 tokens, [conversations[i].id for i in batch], [rows[i] for i in batch]
             )
-            blocks.append(block)
-            order += batch
+            finite = np.isfinite(block.l1).all(1) & np.isfinite(block.hidden).all((1, 2))
+            unreadable |= {
+                batch[i]: "activations are not finite" for i in np.flatnonzero(~finite).tolist()
+            }
+            blocks.append(block.take(np.flatnonzero(finite)))
+            order += [batch[i] for i in np.flatnonzero(finite).tolist()]
             template_counts += counts
             template_tokens += sum(int((t.kinds != Kind.CONTENT).sum()) for t in tokens)
         block = IndexBlock.concatenate(blocks) if blocks else self._empty()
@@ -147,18 +153,24 @@ class LatentScorer:
         tokenised = self._tokenize(conversations)
         empty = Trace([], np.zeros((0, len(latents)), dtype=np.float32))
         traced = [empty] * len(conversations)
-        readable = [i for i, t in enumerate(tokenised) if isinstance(t, Tokens)]
-        for batch in _batches(readable, tokenised, self.config.batch_tokens):
+        readable = [i for i, t in enumerate(tokenised) if isinstance(t, Tokens) and len(t)]
+        for batch in self._batches(readable, tokenised):
             tokens = [t for i in batch if isinstance(t := tokenised[i], Tokens)]
             for i, one, x in zip(batch, tokens, self._read(tokens), strict=True):
                 content = np.flatnonzero(one.kinds == Kind.CONTENT)
                 z = self.encoder.encode(x[torch.from_numpy(content).to(x.device)], latents)
-                texts = [self.tokenizer.tokenizer.decode([t]) for t in one.ids[content].tolist()]
-                traced[i] = Trace(texts, z.cpu().numpy())
+                texts = self.tokenizer.texts(conversations[i], one)
+                traced[i] = Trace([texts[at] for at in content], z.cpu().numpy())
         return traced
 
     def _tokenize(self, conversations: Sequence[Conversation]) -> list[Tokens | Unreadable]:
         return self.tokenizer.tokenize(conversations, self.max_tokens)
+
+    def _batches(
+        self, kept: list[int], tokenised: Sequence[Tokens | Unreadable]
+    ) -> Iterator[list[int]]:
+        max_rows = max(1, MAX_POOLED_VALUES // (2 * self.encoder.d_sae))
+        return _batches(kept, tokenised, self.config.batch_tokens, max_rows)
 
     def _read(self, tokens: Sequence[Tokens]) -> Tensor:
         """Run a right-padded batch: activations [batch, seq, d_in]."""
@@ -168,12 +180,15 @@ class LatentScorer:
         return self.lm.read(torch.from_numpy(ids).to(self.lm.device))[self.hook_point]
 
     @torch.inference_mode()
-    def _unexplained(self, tokens: Sequence[Tokens]) -> float:
+    def _unexplained(self, tokens: Sequence[Tokens]) -> float | None:
         runs = [
             self._read([one])[0, torch.from_numpy(np.flatnonzero(one.kinds == Kind.CONTENT))]
             for one in tokens
         ]
         x = torch.cat(runs).float()
+        x = x[x.isfinite().all(1)]
+        if len(x) < MIN_FIT_TOKENS:
+            return None
         x_hat = self.encoder.reconstruct(x)
         return float((x - x_hat).square().sum() / (x - x.mean(0)).square().sum())
 
@@ -268,7 +283,7 @@ def check_pair(config: ScorerConfig) -> LatentEncoder:
 
 
 def _batches(
-    kept: list[int], tokenised: Sequence[Tokens | Unreadable], batch_tokens: int
+    kept: list[int], tokenised: Sequence[Tokens | Unreadable], batch_tokens: int, max_rows: int
 ) -> Iterator[list[int]]:
     """Cut positions, longest first, into batches of at most `batch_tokens` with padding."""
 
@@ -279,7 +294,8 @@ def _batches(
 
     batch: list[int] = []
     for i in sorted(kept, key=lambda i: (-length(i), i)):
-        if batch and length(batch[0]) * (len(batch) + 1) > batch_tokens:
+        full = batch and length(batch[0]) * (len(batch) + 1) > batch_tokens
+        if full or len(batch) == max_rows:
             yield batch
             batch = []
         batch.append(i)
@@ -308,7 +324,7 @@ def _segments(tokens: Sequence[Tokens], seq: int) -> tuple[np.ndarray, np.ndarra
 
 
 def _segment_means(x: Tensor, lengths: np.ndarray) -> Float32[np.ndarray, "segments d_in"]:
-    segment = torch.repeat_interleave(torch.from_numpy(lengths)).to(x.device)
-    sums = torch.zeros(len(lengths), x.shape[1], device=x.device)
-    sums.index_add_(0, segment, x[: len(segment)].float())
+    # Run by run: adding by index is slower, and on a GPU not the same from one time to the next.
+    runs = x[: lengths.sum()].split(lengths.tolist())
+    sums = torch.stack([run.sum(0, dtype=torch.float32) for run in runs])
     return sums.cpu().numpy() / np.maximum(lengths, 1)[:, None].astype(np.float32)

@@ -48,7 +48,7 @@ class IndexSettings(JobConfig):
         if (self.lm is None) != (self.sae is None):
             given, missing = ("lm", "sae") if self.sae is None else ("sae", "lm")
             raise ValueError(
-                f"--{given} is given without --{missing}: a SAE reads one model only; give both, or "
+                f"--{given} is given without --{missing}: a SAE reads one model; give both, or "
                 "neither for the embedded pair"
             )
         return self

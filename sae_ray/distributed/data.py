@@ -112,20 +112,18 @@ def build_index(settings: IndexSettings, path: str) -> Iterator[Progress]:
             total.rejected + part["num_rejected"],
         )
         yield total
-    finish_index(
-        path, len(pieces.slices), d_sae=encoder.d_sae, max_rejected=settings.max_rejected
-    )
+    finish_index(path, len(pieces.slices), d_sae=encoder.d_sae, max_rejected=settings.max_rejected)
 
 
 def ensure_index(settings: IndexSettings, path: str) -> Iterator[Progress]:
-    """Build an index where there is none; one that is there must be of what was asked for, if said."""
+    """Build an index where there is none; one that is there must be of what was asked for."""
     asked = settings.pool is not None or settings.lm is not None
     if asked or not is_finished(path, KIND):
         yield from build_index(settings, path)
 
 
 def fingerprint(source: str) -> str:
-    """Return what identifies a model or SAE: a hash of a folder's weights and configs, or its name."""
+    """Return what identifies a model or SAE: a hash of a folder's weights, or a published name."""
     folder = Path(source)
     if not folder.is_dir():
         return source

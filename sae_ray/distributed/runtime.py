@@ -33,12 +33,10 @@ class Workers:
 
 @contextlib.contextmanager
 def cluster() -> Iterator[None]:
-    """Join the cluster of RAY_ADDRESS (set inside Ray jobs), or start one here and stop it after."""
+    """Join the cluster of RAY_ADDRESS (set inside Ray jobs), or start and stop one here."""
     if ray.is_initialized():
         yield
         return
-    # Said aloud, since Ray warns where it has to choose. Its token file is readable by all.
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
     address = os.environ.get("RAY_ADDRESS") or "local"
     if address == "local":
         ray.init(
@@ -46,12 +44,12 @@ def cluster() -> Iterator[None]:
             num_cpus=max(_MIN_LOGICAL_CPUS, os.cpu_count() or 1),
             include_dashboard=False,
             object_store_memory=_OBJECT_STORE_BYTES,
-            logging_level=logging.WARNING,
+            logging_level=logging.ERROR,
             log_to_driver=False,
         )
     else:
         try:
-            ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False)
+            ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
         except ConnectionError as error:
             raise ConfigError(
                 f"no Ray cluster answers at RAY_ADDRESS={address}: start one with `ray start "
@@ -67,6 +65,7 @@ def cluster() -> Iterator[None]:
 
 
 def _keep_token_private() -> None:
+    """Ray's token, on by default, lies in a file that Ray makes readable by all."""
     token = Path.home() / ".ray" / "auth_token"
     if token.is_file():
         token.chmod(0o600)

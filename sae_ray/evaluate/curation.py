@@ -81,6 +81,15 @@ class Summary:
     num_cells: int
 
 
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """The default at work on one sentence."""
+
+    profile: Profile
+    scores: Scores
+    rows: Int64[np.ndarray, " n"]
+
+
 class ResidentIndex(FeatureIndex):
     """An index whose blocks stay in memory: an evaluation reads them hundreds of times."""
 
@@ -251,15 +260,6 @@ def _arms(
     matched = length_matched_scores(index.n_tokens, run.rows, seed)
     yield "random_length_matched", top(matched, budget)
     yield "longest", top(longest_scores(index.n_tokens), budget)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Run:
-    """The default at work on one sentence."""
-
-    profile: Profile
-    scores: Scores
-    rows: Int64[np.ndarray, " n"]
 
 
 def _default(

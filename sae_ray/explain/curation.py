@@ -9,13 +9,13 @@ point, reads only the description and the rows that are shown.
 
 import dataclasses
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from pydantic import JsonValue
+from pydantic import BaseModel, ConfigDict, JsonValue
 
 from sae_ray.artifacts import Manifest, State, begin, finish, open_artifact, write_atomically
 from sae_ray.curate.block import IndexBlock
@@ -43,9 +43,10 @@ logger = logging.getLogger(__name__)
 KIND = "selection"
 
 
-@dataclasses.dataclass(frozen=True)
-class Request:
+class Request(BaseModel):
     """One description and what a person added to it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     task: str
     budget_examples: int = 500
@@ -80,12 +81,14 @@ class Outcome:
         found = [*self.profile.why, *self.profile.warnings]
         if abs(self.scores.length_correlation) > 0.5:
             found.append(
-                f"scores go with length (rank correlation {self.scores.length_correlation:.2f}): look "
-                "whether the task does"
+                f"scores go with length (rank correlation {self.scores.length_correlation:.2f}): "
+                "look whether the task does"
             )
         for source, ids in self.contaminated.items():
             if ids:
-                found.append(f"{len(ids)} selected rows share a 13-gram with {source}: {ids[0]}, ...")
+                found.append(
+                    f"{len(ids)} selected rows share a 13-gram with {source}: {ids[0]}, ..."
+                )
         return found
 
 
@@ -141,12 +144,8 @@ class Curator:
             TaskError, ConfigError: the request cannot be answered.
             ArtifactError: the folder holds something else, or the disk is full.
         """
-        settings: dict[str, JsonValue] = {
-            name: list(value) if isinstance(value, tuple) else value
-            for name, value in dataclasses.asdict(request).items()
-        }
         parents = {"index": self.index.manifest.content_hash}
-        if begin(path, KIND, settings, parents) is State.FINISHED:
+        if begin(path, KIND, request.model_dump(mode="json"), parents) is State.FINISHED:
             return open_artifact(path, KIND)
         outcome = self.answer(request)
         rows = self._explained(outcome)
@@ -166,9 +165,9 @@ class Curator:
         }
         return finish(path, counts, outcome.warnings())
 
-    def to_judge(self, outcome: Outcome) -> list[SelectedRow]:
-        """Return about 20 rows for a person to keep or drop."""
-        rows = rows_to_show(self.index, outcome.profile, outcome.scores)
+    def to_judge(self, outcome: Outcome, seen: Collection[int] = ()) -> list[SelectedRow]:
+        """Return about 20 rows for a person to keep or drop, none of those seen before."""
+        rows = rows_to_show(self.index, outcome.profile, outcome.scores, seen=seen)
         block = self.index.take(rows)
         reasons = contributions(block, outcome.profile, self.index.stats.on_threshold)
         scores = outcome.scores.total[rows].tolist()

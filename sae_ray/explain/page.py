@@ -24,7 +24,6 @@ from sae_ray.explain.report import (
     Notice,
     Reason,
     Refine,
-    Share,
     ShownRow,
     histogram,
     shares,
@@ -42,9 +41,7 @@ _SEED = 0
 class _Page:
     """One page being filled."""
 
-    def __init__(
-        self, index: FeatureIndex, outcome: "Outcome", labels: Mapping[int, str]
-    ) -> None:
+    def __init__(self, index: FeatureIndex, outcome: "Outcome", labels: Mapping[int, str]) -> None:
         self.index, self.outcome, self.labels = index, outcome, labels
         self.sources = index.column("source") if "source" in index.kept_columns else None
         self.thresholds = index.stats.on_threshold
@@ -67,9 +64,7 @@ class _Page:
                     n_tokens=one.n_tokens,
                     rank=rank + 1 if ranked else None,
                     source=self.sources[one.row] if self.sources else None,
-                    reasons=[
-                        Reason(r.latent, r.label, r.weight, r.tokens) for r in one.reasons
-                    ],
+                    reasons=[Reason(r.latent, r.label, r.weight, r.tokens) for r in one.reasons],
                 )
             )
         return shown
@@ -238,10 +233,16 @@ def _notices(index: FeatureIndex, outcome: "Outcome") -> list[Notice]:
     ]
     if rejected := index.manifest.extra.get("num_rejected"):
         notices.append(
-            Notice("note", "Rejected rows", f"{rejected} rows of the pool could not be read: see rejected.parquet")
+            Notice(
+                "note",
+                "Rejected rows",
+                f"{rejected} rows of the pool could not be read: see rejected.parquet",
+            )
         )
     if truncated := index.manifest.extra.get("num_truncated"):
         notices.append(
-            Notice("note", "Truncated rows", f"{truncated} rows are longer than what was read of them")
+            Notice(
+                "note", "Truncated rows", f"{truncated} rows are longer than what was read of them"
+            )
         )
     return notices

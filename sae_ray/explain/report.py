@@ -37,7 +37,10 @@ NUM_HUES = 8
 """Latents with a colour of their own; the page's style has as many."""
 
 _CONCEPTS = 12
-_MAX_TURNS = 24
+_OUTERMOST = 5
+_MAX_TURNS = 16
+_TURNS_FOR_SURE = 4
+"""Turns that are shown however long those before them are."""
 _CHARS_PER_MARK = 12
 """Text that each mark of a row takes: the weakest give way, so that no row makes the page large."""
 
@@ -117,7 +120,7 @@ class Histogram:
     pool: Sequence[int]
     selection: Sequence[int]
     cut: float | None = None
-    """The score of the last row chosen."""
+    """The lowest score that was chosen."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -177,7 +180,10 @@ def histogram(
     log: bool = False,
     cut: float | None = None,
 ) -> Histogram:
-    """Count the pool and the chosen part of it over the same bins."""
+    """Count the pool and the chosen part of it over the same bins.
+
+    The few outermost values share the first and last bin, so that they do not squeeze the others.
+    """
     finite = np.isfinite(values)
     values, chosen = values[finite], chosen[finite]
     low, high = (float(values.min()), float(values.max())) if len(values) else (0.0, 1.0)
@@ -186,7 +192,10 @@ def histogram(
         edges = np.geomspace(low, max(high, 2 * low), bins + 1)
         values = np.maximum(values, low)
     else:
-        edges = np.linspace(low, high if high > low else low + 1, bins + 1)
+        ordered, few = np.sort(values), min(_OUTERMOST, len(values) // 100)
+        inner = (float(ordered[few]), float(ordered[-1 - few])) if len(values) else (low, high)
+        edges = np.linspace(inner[0], inner[1] if inner[1] > inner[0] else inner[0] + 1, bins + 1)
+        edges[0], edges[-1] = min(low, edges[0]), max(high, edges[-1])
     pool, selection = (np.histogram(v, edges)[0].tolist() for v in (values, values[chosen]))
     return Histogram(edges.tolist(), pool, selection, cut)
 
@@ -302,13 +311,13 @@ class _View:
         Args:
             row: the row.
             fold: characters of a turn that are shown at once.
-            most: characters of all turns, folded or not; but every turn has a third of `fold`.
+            most: characters of all turns, folded or not; turns past that are cut shorter.
         """
         max_marks = most // _CHARS_PER_MARK
         parts: list[tuple[Turn, list[ShadedText], int, int]] = []
         for turn in row.turns[:_MAX_TURNS]:
             length = sum(len(piece.text) for piece in turn.pieces)
-            end = min(length, max(most, fold // 3))
+            end = min(length, max(most, fold if len(parts) < _TURNS_FOR_SURE else fold // 3))
             at_once = end if end <= fold * 1.25 else word_end(turn.pieces, fold)
             most = max(0, most - length)
             parts.append((turn, cut(turn.pieces, 0, end), at_once, length - end))
@@ -333,6 +342,11 @@ class _View:
             for card in self.cards[:_CONCEPTS]
             if card.strong_in is not None
         ]
+
+    @staticmethod
+    def place(histogram: Histogram, value: float) -> float:
+        """Return how far along the axis a value is, 0 to 1."""
+        return float(np.interp(value, histogram.edges, np.linspace(0, 1, len(histogram.edges))))
 
     @staticmethod
     def words(tokens: Sequence[str], most: int = 4) -> list[str]:

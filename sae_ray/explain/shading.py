@@ -28,6 +28,7 @@ _LOOK_AHEAD_CHARS = 64
 """How far a token may lie behind the one before, where some in between could not be placed."""
 _LONG_WORD_CHARS = 24
 _SHADES = 5
+_MARK = Markup('<mark class="{}" title="{}">{}</mark>')
 _LINE_BREAK = re.compile(r"\s*\n\s*")
 
 
@@ -169,27 +170,18 @@ def to_html(
     pieces: Sequence[ShadedText], label: Callable[[int], str], hue: Callable[[int], str]
 ) -> Markup:
     """Return the pieces as escaped text and marks; neighbours that look alike become one."""
-    return Markup("").join(
-        _mark(list(run), label, hue)
-        for _, run in groupby(pieces, key=lambda p: (p.latent, _shade_of(p), p.peak))
-    )
-
-
-def _mark(
-    run: Sequence[ShadedText], label: Callable[[int], str], hue: Callable[[int], str]
-) -> Markup:
-    text = "".join(piece.text for piece in run)
-    latent = run[0].latent
-    if latent is None:
-        return escape(text)
-    classes = f"{hue(latent)} s{_shade_of(run[0])}" + " peak" * run[0].peak
-    strongest = max(piece.activation for piece in run)
-    title = f"{label(latent)} · {strongest:.2f}"
-    return Markup('<mark class="{}" title="{}">{}</mark>').format(classes, title, text)
-
-
-def _shade_of(piece: ShadedText) -> int:
-    return min(_SHADES, 1 + int(piece.strength * _SHADES))
+    html: list[str] = []
+    for (latent, shade, peak), run in groupby(
+        pieces, key=lambda p: (p.latent, min(_SHADES, 1 + int(p.strength * _SHADES)), p.peak)
+    ):
+        alike = list(run)
+        text = escape("".join(piece.text for piece in alike))
+        if latent is not None:
+            title = f"{label(latent)} · {max(piece.activation for piece in alike):.2f}"
+            classes = f"{hue(latent)} s{shade}" + " peak" * peak
+            text = _MARK.format(classes, title, text)
+        html.append(text)
+    return Markup("").join(html)
 
 
 def _align(

@@ -76,13 +76,13 @@ def _converted(sae: str, content: str) -> Path:
     except OSError as error:
         if not folder.is_dir():  # another worker was not first either
             raise ModelError(
-                f"SAE {sae} cannot be kept in {folder.parent}: {error}; make room there, or set HOME "
-                "to a folder that can be written to"
+                f"SAE {sae} cannot be kept in {folder.parent}: {error}; make room there, or set "
+                "HOME to a folder that can be written to"
             ) from error
     return folder
 
 
-def _load_with_sae_lens(sae: str):  # noqa: ANN202 - its type would import sae-lens
+def _load_with_sae_lens(sae: str):
     from sae_lens import SAE  # noqa: PLC0415 (8 s: see above)
 
     try:

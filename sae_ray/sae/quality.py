@@ -55,7 +55,7 @@ def measure(encoder: LatentEncoder, batches: Iterable[Float[Tensor, "tokens d_in
         squares += float(x.double().pow(2).sum())
         total += x.double().sum(dim=0)
         num_tokens += len(x)
-    variance = squares + 1
+    variance = squares - float(total.pow(2).sum()) / num_tokens
     return Quality(
         fvu=error / variance,
         l0=float(counts.sum()) / num_tokens,

@@ -91,13 +91,30 @@ def path_for(out: Path) -> Path:
     return DEFAULT.parent / "README.md" if out.resolve() == DEFAULT.resolve() else out / "README.md"
 
 
-def write(out: Path, figures: Mapping[str, Any]) -> None:
-    """Write the figures as JSON, and the card from them."""
+def has_figures(out: Path) -> bool:
+    """Say whether all that the card tells has been measured: the last stage of the making."""
+    return (out / "figures.json").exists()
+
+
+def write_figures(out: Path, figures: Mapping[str, Any]) -> None:
+    """Write what was measured, as JSON."""
     (out / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
+
+
+def write(out: Path) -> Path:
+    """Write the card from the folder's figures, labels and headroom, and return where it is."""
+    path = path_for(out)
+    path.write_text(of_folder(out))
+    return path
+
+
+def of_folder(out: Path) -> str:
+    """Return the text of a folder's card."""
     headroom_path = out / "headroom.json"
     headroom = json.loads(headroom_path.read_text()) if headroom_path.exists() else {}
+    figures = json.loads((out / "figures.json").read_text())
     labels = json.loads((out / "labels.json").read_text(encoding="utf-8"))
-    path_for(out).write_text(render(figures, headroom, labels, folder_bytes(out)))
+    return render(figures, headroom, labels, folder_bytes(out))
 
 
 def folder_bytes(folder: Path) -> int:

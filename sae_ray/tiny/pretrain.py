@@ -169,9 +169,7 @@ def pretrain(
 
 
 @torch.no_grad()
-def held_out_loss(
-    model: PreTrainedModel, instances: Sequence[Int32[np.ndarray, " _"]]
-) -> float:
+def held_out_loss(model: PreTrainedModel, instances: Sequence[Int32[np.ndarray, " _"]]) -> float:
     """Return the mean loss, in nats a token, over instances."""
     model.eval()
     total, count = 0.0, 0

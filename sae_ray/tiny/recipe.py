@@ -75,9 +75,10 @@ class Material:
         """All that the language model reads."""
         return [instance for part in self.parts.values() for instance in part]
 
-    def chats(self) -> Instances:
-        """What the SAE reads: the generated chats, and of the real ones as many tokens or so."""
-        return self.parts["generated chats"] + self.parts["real chats"][::3]
+    def chats(self, pool_rows: Sequence[Row]) -> Instances:
+        """What the SAE reads: pool rows, generated chats, and about as many tokens of real ones."""
+        own = self.parts["generated chats"], self.parts["real chats"][::3]
+        return [*own[0], *own[1], *self.encode_chats(pool_rows)]
 
     def encode_chats(self, rows: Sequence[Row]) -> Instances:
         """Return rows of a pool as token ids."""

@@ -1,5 +1,6 @@
 """What the benchmarks share: the machine, its load, processes to time, memory peaks, results."""
 
+import argparse
 import contextlib
 import dataclasses
 import json
@@ -18,14 +19,16 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import yaml
 from rich.console import Console
 from rich.table import Table
 
+from sae_ray import tiny
 from sae_ray.chat import Conversation
 from sae_ray.tiny.split import is_held_out
 
+ROOT = Path(__file__).parents[2]
 VERSIONED = ("sae-ray", "ray", "torch", "transformers", "sae-lens", "numpy", "pyarrow")
-SAMPLE_EVERY_S = 0.02
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,17 +38,24 @@ class Figure:
     name: str
     value: float
     unit: str
-    target: float | None = None
-    at_least: bool = True
-    """Whether the target is a floor or a ceiling."""
+    at_least: float | None = None
+    at_most: float | None = None
     note: str = ""
 
     @property
     def met(self) -> bool | None:
         """Say whether the target is met, or None without one."""
-        if self.target is None:
-            return None
-        return self.value >= self.target if self.at_least else self.value <= self.target
+        if self.at_least is not None:
+            return self.value >= self.at_least
+        return None if self.at_most is None else self.value <= self.at_most
+
+    @property
+    def row(self) -> tuple[str, str, str, str]:
+        """Lay it out for a table."""
+        target = "" if self.at_least is None else f"≥ {self.at_least:g}"
+        target = target if self.at_most is None else f"≤ {self.at_most:g}"
+        verdict = {None: "", True: "met", False: "MISSED"}[self.met]
+        return self.name, f"{self.value:,.4g} {self.unit}", target, f"{verdict} {self.note}"
 
 
 @dataclasses.dataclass
@@ -69,19 +79,12 @@ class Part:
             "hardware": hardware(),
             "versions": versions(),
             "figures": [{**dataclasses.asdict(f), "met": f.met} for f in self.figures],
+            "rows": [f.row for f in self.figures],
             "details": self.details,
         }
         Path(out).parent.mkdir(parents=True, exist_ok=True)
         Path(out).write_text(json.dumps(report, indent=1) + "\n")
-        show(self.name, ("figure", "value", "target", ""), map(row_of, self.figures))
-
-
-def row_of(figure: Figure) -> tuple[str, ...]:
-    """Lay a figure out for a table."""
-    sign = "≥" if figure.at_least else "≤"
-    verdict = {None: "", True: "met", False: "MISSED"}[figure.met]
-    target = "" if figure.target is None else f"{sign} {figure.target:g}"
-    return figure.name, f"{figure.value:,.4g} {figure.unit}", target, f"{verdict} {figure.note}"
+        show(self.name, ("figure", "value", "target", ""), (f.row for f in self.figures))
 
 
 def show(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
@@ -90,6 +93,17 @@ def show(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> N
     for row in rows:
         table.add_row(*row)
     Console(width=140).print(table)
+
+
+def add_inputs(parser: argparse.ArgumentParser) -> None:
+    """Add what is measured: the real pool and its model where they lie beside the project."""
+    real = ROOT.parent / "shared"
+    lm = real / "models" / "pool-lm-2.6m"
+    found = (real / "data" / "pool.parquet", lm, lm / "sae_blocks.2.hook_resid_post")
+    if not all(path.exists() for path in found):
+        found = (tiny.pool_path(), tiny.lm_path(), tiny.sae_path())
+    for name, path in zip(("pool", "lm", "sae"), found, strict=True):
+        parser.add_argument(f"--{name}", default=str(path))
 
 
 def log(message: str) -> None:
@@ -139,6 +153,12 @@ def read_sample(path: str | Path) -> list[Conversation]:
     """Read a sample back."""
     rows = pq.read_table(path, columns=["id", "messages"]).to_pylist()
     return [Conversation(row["id"], row["messages"]) for row in rows]
+
+
+def descriptions() -> list[str]:
+    """Return sentences to ask for, one domain after the other."""
+    text = Path(__file__).with_name("curation_descriptions.yaml").read_text()
+    return [splits["report"][0] for splits in yaml.safe_load(text)["domains"].values()]
 
 
 class Child:
@@ -239,8 +259,8 @@ class Peak:
 class ProcessTree:
     """Watches a process and all that descend from it, and keeps each one's peak memory."""
 
-    def __init__(self, root: int) -> None:
-        self.root = root
+    def __init__(self, root: int, every_s: float) -> None:
+        self.every_s = every_s
         self.peaks: dict[int, Peak] = {}
         self._known = {root}
         self._stop = threading.Event()
@@ -254,7 +274,7 @@ class ProcessTree:
         return self.peaks
 
     def _watch(self) -> None:
-        while not self._stop.wait(SAMPLE_EVERY_S):
+        while not self._stop.wait(self.every_s):
             parents = dict(_parents())
             grown = True
             while grown:  # who has once descended from the root stays known when its parent ends
@@ -284,13 +304,11 @@ def _parents() -> Iterator[tuple[int, int]]:
                 yield int(entry.name), int(stat.rpartition(")")[2].split()[1])
 
 
-def run_watched(
-    command: Sequence[str], environment: Mapping[str, str] | None = None
-) -> tuple[float, list[Peak]]:
+def run_watched(command: Sequence[str], *, every_s: float = 0.05) -> tuple[float, list[Peak]]:
     """Run a command to its end; return its seconds and the peak of every process it started."""
     started = time.perf_counter()
-    process = subprocess.Popen(command, env=os.environ | (environment or {}), stdout=sys.stderr)
-    tree = ProcessTree(process.pid)
+    process = subprocess.Popen(command, stdout=sys.stderr)
+    tree = ProcessTree(process.pid, every_s)
     code = process.wait()
     seconds = time.perf_counter() - started
     peaks = tree.close()

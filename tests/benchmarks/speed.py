@@ -11,48 +11,33 @@ conversations in memory and leaves its result there.
 
 import argparse
 import dataclasses
-import shutil
 import tempfile
-import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from itertools import product
 
 import torch
+from contestants import PREPARE, count_work
 from measure import (
     Child,
     Crew,
     Figure,
     Part,
+    add_inputs,
     answer,
     child_settings,
     log,
-    read_sample,
     sample_pool,
     show,
     spread,
 )
-from torch import nn
 
-from sae_ray import tiny
-from sae_ray.chat import ChatTokenizer, Kind, Tokens
-from sae_ray.curate import build, scorer
-from sae_ray.curate.block import IndexBlock
-from sae_ray.curate.scorer import LatentScorer, ScorerConfig
-from sae_ray.pool import plan
+from sae_ray.curate.scorer import ScorerConfig
 
 # What sae_ray.distributed.runtime gives to Ray's workers.
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "33554432", "MALLOC_TRIM_THRESHOLD_": "4294967296"}
 DTYPES = ("float32", "bfloat16")
 PLAIN_BATCHES = (8, 16, 32, 64, 128)
-STAGES: dict[str, tuple[tuple[object, str], ...]] = {
-    "read the pool": ((build, "read"),),
-    "tokenise": ((LatentScorer, "_tokenize"),),
-    "forward": ((LatentScorer, "_read"),),
-    "encode and pool": ((scorer.LatentEncoder, "pool"),),
-    "make sparse": ((LatentScorer, "_sparse"), (scorer, "_segments"), (scorer, "_segment_means")),
-    "write": ((IndexBlock, "to_table"), (build, "_parquet"), (build, "write_atomically")),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,125 +68,6 @@ class Entry:
     def crew(self) -> tuple[str, str, int, bool]:
         """Entries with the same share their processes."""
         return self.way, self.dtype, self.processes, self.malloc
-
-
-# What the processes of a contestant do
-
-
-def prepare_plain(settings: dict) -> Callable[[dict], dict]:
-    """Make ready the plain way over a sample."""
-    from plain import PlainWay  # noqa: PLC0415 (loads sae-lens, which ours must not pay for)
-
-    config = ScorerConfig(**settings["config"])
-    conversations = read_sample(settings["sample"])
-    way = PlainWay(config.lm, config.sae, config.dtype)
-    max_tokens = min(config.max_tokens, way.model.config.max_position_embeddings)
-    tokenised = ChatTokenizer.load(config.lm).tokenize(conversations, max_tokens)
-    content = [t.kinds == Kind.CONTENT for t in tokenised if isinstance(t, Tokens)]
-    assert len(content) == len(conversations)
-
-    def repeat(request: dict) -> dict:
-        torch.set_num_threads(request["threads"])
-        mine = slice(request["share"], request["rows"], request["num_shares"])
-        way(
-            conversations[mine],
-            content[mine],
-            batch_rows=request["batch"],
-            max_tokens=max_tokens,
-            length_sorted=request["length_sorted"],
-        )
-        return {}
-
-    return repeat
-
-
-def prepare_ours(settings: dict) -> Callable[[dict], dict]:
-    """Make ready the writing of a sample's shards."""
-    config = ScorerConfig(**settings["config"])
-    ours = LatentScorer.load(config)
-    seconds: dict[str, float] = defaultdict(float)
-    for stage, functions in STAGES.items():
-        for owner, name in functions:
-            add_up_seconds(owner, name, stage, seconds)
-    # Shard 0 also checks that the SAE fits, once an index; its number is passed over.
-    pieces = [
-        dataclasses.replace(piece, index=piece.index + 1)
-        for piece in plan(settings["sample"], rows_per_shard=settings["rows_per_shard"]).slices
-    ]
-
-    def repeat(request: dict) -> dict:
-        torch.set_num_threads(request["threads"])
-        seconds.clear()
-        ours.config = dataclasses.replace(config, batch_tokens=request["batch"])
-        out = tempfile.mkdtemp(dir=settings["folder"])
-        started = time.perf_counter()
-        for piece in pieces[request["share"] :: request["num_shares"]]:
-            build.write_shard(ours, piece, out)
-        wall = time.perf_counter() - started
-        shutil.rmtree(out)
-        return {**seconds, "everything else": wall - sum(seconds.values())}
-
-    return repeat
-
-
-def prepare_peak(settings: dict) -> Callable[[dict], dict]:
-    """Make ready matrix products of several sizes, to find the fastest."""
-    dtype = getattr(torch, settings["config"]["dtype"])
-    shapes = [(512, 512, 512), (1024, 1024, 1024), (2048, 2048, 2048), (4096, 1024, 1024)]
-    operands = [(torch.randn(m, k).to(dtype), torch.randn(k, n).to(dtype)) for m, k, n in shapes]
-
-    def repeat(request: dict) -> dict:
-        torch.set_num_threads(request["threads"])
-        best = 0.0
-        for a, b in operands:
-            (m, k), n = a.shape, b.shape[1]
-            out = torch.empty(m, n, dtype=dtype)
-            for _ in range(12):
-                started = time.perf_counter()
-                torch.mm(a, b, out=out)
-                best = max(best, 2 * m * k * n / (time.perf_counter() - started))
-        return {"flops": best}
-
-    return repeat
-
-
-PREPARE = {"plain": prepare_plain, "ours": prepare_ours, "peak": prepare_peak}
-
-
-def add_up_seconds(owner: object, name: str, stage: str, seconds: dict[str, float]) -> None:
-    """Let a function add the time that it takes to its stage."""
-    function = getattr(owner, name)
-
-    def timed(*args: object, **kwargs: object) -> object:
-        started = time.perf_counter()
-        try:
-            return function(*args, **kwargs)
-        finally:
-            seconds[stage] += time.perf_counter() - started
-
-    setattr(owner, name, timed)
-
-
-def count_work(config: ScorerConfig, sample: str) -> tuple[int, int]:
-    """Count the operations that real tokens take, and the tokens.
-
-    Of the truncated forward and the dense encoding; matrix products only: linear layers, attention
-    up to the diagonal, the encoder.
-    """
-    ours = LatentScorer.load(config)
-    lengths = [len(t) for t in ours._tokenize(read_sample(sample)) if isinstance(t, Tokens)]
-    model = ours.lm.model
-    weights = [p for m in model.modules() if not isinstance(m, nn.Embedding) for p in m._parameters.values()]
-    linear = sum(p.numel() for p in weights if p is not None and p.ndim == 2)
-    heads = model.config.num_attention_heads
-    width = heads * (getattr(model.config, "head_dim", None) or model.config.hidden_size // heads)
-    layers = model.config.num_hidden_layers
-    attention = sum(2 * width * n * (n + 1) for n in lengths) * layers
-    encoder = ours.encoder.d_in * ours.encoder.d_sae
-    return 2 * (linear + encoder) * sum(lengths) + attention, sum(lengths)
-
-
-# The contest
 
 
 @dataclasses.dataclass
@@ -287,7 +153,10 @@ def compete(
             seconds, replies = contest.run(entry, contest.num_rows)
             rates[entry].append(contest.num_rows / seconds)
             said[entry].append(replies)
-        log(f"round {i + 1} of {repeats}: " + ", ".join(f"{e.name} {r[-1]:.0f}" for e, r in rates.items()))
+        log(
+            f"round {i + 1} of {repeats}: "
+            + ", ".join(f"{e.name} {r[-1]:.0f}" for e, r in rates.items())
+        )
     return rates, said
 
 
@@ -322,15 +191,18 @@ def measure(options: argparse.Namespace, part: Part, contest: Contest) -> None:
     ]
     share = middle["ours, bf16"] * work / contest.num_rows / max(peaks)
     plain = max(middle["plain, fp32"], middle["plain, bf16"])
+    ours, order = middle["ours, bf16"], middle["plain, file order"]
+    two, fp32 = middle["plain, 2 processes"], middle["ours, fp32"] / middle["plain, fp32"]
+    of = f"of {max(peaks) / 1e9:.0f} GFLOP/s"
     part.figures += [
-        Figure("ours bf16 / plain sorted, better of its dtypes", middle["ours, bf16"] / plain, "x", 4),
-        Figure("ours bf16 / plain file order", middle["ours, bf16"] / middle["plain, file order"], "x", 12),
-        Figure("ours fp32 / plain sorted fp32", middle["ours, fp32"] / middle["plain, fp32"], "x", 2.5),
-        Figure("ours bf16 / plain sorted in 2 processes", middle["ours, bf16"] / middle["plain, 2 processes"], "x"),
-        Figure("share of the bf16 matmul peak", 100 * share, "%", 35, note=f"of {max(peaks) / 1e9:.0f} GFLOP/s"),
-        Figure("ours bf16", middle["ours, bf16"], "conversations/s"),
-        Figure("ours bf16", middle["ours, bf16"] * tokens / contest.num_rows, "tokens/s"),
-    ]  # fmt: skip
+        Figure("ours bf16 / plain sorted, the better of fp32 and bf16", ours / plain, "x", 4),
+        Figure("ours bf16 / plain in file order", ours / order, "x", 12),
+        Figure("ours fp32 / plain sorted fp32", fp32, "x", 2.5),
+        Figure("ours bf16 / plain sorted in 2 processes", ours / two, "x"),
+        Figure("share of the bf16 matmul peak", 100 * share, "%", 35, note=of),
+        Figure("ours bf16", ours, "conversations/s"),
+        Figure("ours bf16", ours * tokens / contest.num_rows, "tokens/s"),
+    ]
     stages = share_by_stage(said[named["ours, bf16"]])
     part.details |= {
         "rows": contest.num_rows,
@@ -343,7 +215,9 @@ def measure(options: argparse.Namespace, part: Part, contest: Contest) -> None:
         "tuning_conversations_per_s": tuning,
     }
     show_rates(rows, named, tokens / contest.num_rows)
-    show("where the time of ours goes", ("stage", "%"), ((k, f"{v:.1f}") for k, v in stages.items()))
+    show(
+        "where the time of ours goes", ("stage", "%"), ((k, f"{v:.1f}") for k, v in stages.items())
+    )
 
 
 def share_by_stage(said: list[list[dict]]) -> dict[str, float]:
@@ -357,13 +231,14 @@ def share_by_stage(said: list[list[dict]]) -> dict[str, float]:
 
 def explore(options: argparse.Namespace, part: Part, contest: Contest) -> None:
     """Compare ours with itself: tokens in a batch, processes and threads, allocator."""
-    entries = {
-        entry.name: entry
-        for dtype, (processes, threads), malloc, batch in product(
-            DTYPES, ((1, 2), (2, 1)), (False, True), options.explore
-        )
-        for entry in [Entry("ours", dtype, processes, threads, batch, malloc=malloc)]
-    }
+    found = [
+        Entry("ours", dtype, processes, threads, batch, malloc=malloc)
+        for dtype in DTYPES
+        for processes, threads in ((1, 2), (2, 1))
+        for malloc in (False, True)
+        for batch in options.explore
+    ]
+    entries = {entry.name: entry for entry in found}
     rates, _ = compete(contest, list(entries.values()), options.repeats)
     rows = {name: spread(rates[entry]) for name, entry in entries.items()}
     part.details |= {"conversations_per_s": rows}
@@ -390,9 +265,7 @@ def show_rates(rows: dict[str, dict], named: dict[str, Entry], tokens_per_row: f
 def main() -> None:
     """Run the contest."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--pool", default=str(tiny.pool_path()))
-    parser.add_argument("--lm", default=str(tiny.lm_path()))
-    parser.add_argument("--sae", default=str(tiny.sae_path()))
+    add_inputs(parser)
     parser.add_argument("--rows", type=int, default=1500)
     parser.add_argument("--tune_rows", type=int, default=300)
     parser.add_argument("--repeats", type=int, default=5)

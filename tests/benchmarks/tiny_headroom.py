@@ -27,6 +27,7 @@ from transformers import (
 from sae_ray import tiny
 from sae_ray.tiny.exam import accuracies
 from sae_ray.tiny.pretrain import IGNORED, logits_at, pad
+from sae_ray.tiny.skills import SKILLS
 from sae_ray.tiny.tokens import render
 
 
@@ -64,7 +65,9 @@ def finetune(
             rows = pad([np.asarray(ids, dtype=np.int32) for ids, _ in chosen])
             targets = pad([np.asarray(wanted, dtype=np.int32) for _, wanted in chosen])[:, 1:]
             kept = targets != IGNORED
-            loss = functional.cross_entropy(logits_at(model, rows, kept), targets[kept])
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                logits = logits_at(model, rows, kept)
+            loss = functional.cross_entropy(logits.float(), targets[kept])
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -84,7 +87,7 @@ def main() -> None:
     parser.add_argument("--domains", default="", help="comma-separated; all by default")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--num_rows", type=int, default=500)
-    parser.add_argument("--num_epochs", type=int, default=8)
+    parser.add_argument("--num_epochs", type=int, default=3)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--batch_rows", type=int, default=16)
     parser.add_argument("--threads", type=int, default=1)
@@ -94,9 +97,10 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(options.lm)
     pool = pq.read_table(options.data / "pool.parquet").to_pylist()
     exam = pq.read_table(options.data / "eval.parquet").to_pylist()
-    base = accuracies(load(options.lm), tokenizer, exam)
+    domains = options.domains.split(",") if options.domains else list(SKILLS)
+    base = accuracies(load(options.lm), tokenizer, [r for r in exam if r["domain"] in domains])
     table = {}
-    for domain in options.domains.split(",") if options.domains else base:
+    for domain in domains:
         rows = [row for row in pool if row["domain"] == domain]
         questions = [row for row in exam if row["domain"] == domain]
         after = []
@@ -116,8 +120,8 @@ def main() -> None:
         table[domain] = {"base": base[domain], "expert": after, "gain": gain}
         runs = " ".join(f"{accuracy:.1%}" for accuracy in after)
         print(f"{domain:10} base {base[domain]:6.1%} expert {runs} gain {gain:+.1%}", flush=True)
-    if options.out:
-        options.out.write_text(json.dumps(table, indent=1) + "\n")
+        if options.out:
+            options.out.write_text(json.dumps(table, indent=1) + "\n")
 
 
 if __name__ == "__main__":

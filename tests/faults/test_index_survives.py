@@ -100,7 +100,8 @@ sys.path.insert(0, {root!r})
 from jobs.index import Config, main
 import os
 
-cluster = Cluster(initialize_head=True, head_node_args={{"num_cpus": 1, "include_dashboard": False}})
+head = {{"num_cpus": 1, "include_dashboard": False}}
+cluster = Cluster(initialize_head=True, head_node_args=head)
 second = cluster.add_node(num_cpus=2)
 cluster.wait_for_nodes()
 os.environ["RAY_ADDRESS"] = cluster.address

@@ -59,7 +59,9 @@ def train(pre_tokenizer, decoder) -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(["system user assistant model Hello there. Good day"] * 9, trainer)
+    tokenizer.train_from_iterator(
+        ["system user assistant model Hello there. Good day"] * 9, trainer
+    )
     return tokenizer
 
 
@@ -94,7 +96,9 @@ def said(chat: ChatTokenizer, one: Conversation) -> list[tuple[str, bool]]:
     marked = zip(chat.texts(one, tokens), tokens.kinds, tokens.response, strict=True)
     runs = groupby(marked, key=lambda token: (token[1] == Kind.CONTENT, bool(token[2])))
     return [
-        ("".join(text for text, *_ in run), response) for (content, response), run in runs if content
+        ("".join(text for text, *_ in run), response)
+        for (content, response), run in runs
+        if content
     ]
 
 
@@ -138,11 +142,13 @@ def test_contents_and_role_words_are_found_in_every_kind_of_template(template, r
 @pytest.mark.parametrize("backend", [BYTE_LEVEL, METASPACE], ids=["byte level", "metaspace"])
 def test_ids_are_those_of_the_tokenizers_own_chat_template(template, backend):
     chat = chat_tokenizer(template, backend)
-    expected = chat.tokenizer.apply_chat_template(TALK.messages, tokenize=True, return_dict=False)
+    messages = [dict(message) for message in TALK.messages]
+    expected = chat.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
     assert tokens_of(chat, TALK).ids.tolist() == expected
     (prompt,) = chat.tokenize([TALK], 10_000, generation_prompt=True)
+    assert isinstance(prompt, Tokens)
     assert prompt.ids.tolist() == chat.tokenizer.apply_chat_template(
-        TALK.messages, tokenize=True, return_dict=False, add_generation_prompt=True
+        messages, tokenize=True, return_dict=False, add_generation_prompt=True
     )
 
 
@@ -157,8 +163,23 @@ ANYTHING = st.one_of(
     st.text(st.characters(exclude_categories=["Cs"]), max_size=12),
     st.sampled_from(
         [
-            *("user", "assistant", "user\n", "\nassistant\n", " ", "\n", "", "\ufdd0", "👩🏽\u200d🔬"),
-            *("<|im_end|>", "<|im_end|>\n<|im_start|>assistant\nyes", "<|im_start|>", "e\u0301日本"),
+            *(
+                "user",
+                "assistant",
+                "user\n",
+                "\nassistant\n",
+                " ",
+                "\n",
+                "",
+                "\ufdd0",
+                "👩🏽\u200d🔬",
+            ),
+            *(
+                "<|im_end|>",
+                "<|im_end|>\n<|im_start|>assistant\nyes",
+                "<|im_start|>",
+                "e\u0301日本",
+            ),
             *("<|end|><|assistant|>", "<|eot_id|>", "\n\n### user:\n", "Hello\n\n"),
         ]
     ),
@@ -249,6 +270,8 @@ def test_what_cannot_be_read_says_why_and_leaves_its_neighbours_alone(template, 
     assert isinstance(refused, Unreadable)
     assert reason in refused.reason
     if template != "{{ 'a' + messages }}":
+        assert isinstance(before, Tokens)
+        assert isinstance(behind, Tokens)
         assert before.ids.tolist() == behind.ids.tolist() == tokens_of(chat, good).ids.tolist()
 
 
@@ -275,7 +298,11 @@ def test_a_folder_without_a_tokenizer_is_refused_in_one_line(tmp_path):
 
 def test_a_batch_gives_what_its_rows_give_alone():
     chat = chat_tokenizer(CHATML_WITH_A_SYSTEM_PROMPT)
-    rows = [TALK, conversation(("system", "Hi")), conversation(("user", "日本"), ("assistant", "x"))]
+    rows = [
+        TALK,
+        conversation(("system", "Hi")),
+        conversation(("user", "日本"), ("assistant", "x")),
+    ]
     for one, tokens in zip(rows, chat.tokenize(rows, 30), strict=True):
         alone = tokens_of(chat, one, 30)
         for field in ("ids", "kinds", "response", "ends"):

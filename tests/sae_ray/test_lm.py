@@ -7,7 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, Gemma3ForConditionalGeneration
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    PreTrainedModel,
+)
 
 from sae_ray.errors import ModelError
 from sae_ray.lm import FAMILIES, HookPoint, LanguageModel, load_config, width_at
@@ -17,14 +23,16 @@ NAMES = ("hook_resid_pre", "hook_resid_post", "hook_mlp_out", "hook_attn_out", "
 IDS = torch.randint(5, 300, (3, 40), generator=torch.Generator().manual_seed(0))
 
 
-def whole_model(path: Path) -> torch.nn.Module:
+def whole_model(path: Path) -> PreTrainedModel:
     """The model as its own library loads it, with the plainest attention."""
     return AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager").eval()
 
 
-def named(model: torch.nn.Module, *names: str) -> torch.nn.Module:
+def named(model: PreTrainedModel, *names: str) -> torch.nn.Module:
     """The one module whose path ends in one of these names."""
-    (found,) = [m for n, m in model.named_modules() if any(n.endswith(f".{name}") for name in names)]
+    (found,) = [
+        m for n, m in model.named_modules() if any(n.endswith(f".{name}") for name in names)
+    ]
     return found
 
 
@@ -35,12 +43,13 @@ def activations_of_the_whole_model(path: Path, layer: int) -> dict[str, torch.Te
     seen: dict[str, torch.Tensor] = {}
 
     def keep(name: str, module: torch.nn.Module, *, entering: bool = False) -> None:
+        def see(value: torch.Tensor | tuple) -> None:
+            seen[name] = value[0] if isinstance(value, tuple) else value
+
         if entering:
-            module.register_forward_pre_hook(lambda _, args: seen.update({name: args[0]}))
+            module.register_forward_pre_hook(lambda _, args: see(args))
         else:
-            module.register_forward_hook(
-                lambda _, __, out: seen.update({name: out[0] if isinstance(out, tuple) else out})
-            )
+            module.register_forward_hook(lambda _, __, out: see(out))
 
     normed = "gemma" in model.config.model_type
     here = (f"layers.{layer}", f"h.{layer}")
@@ -51,7 +60,7 @@ def activations_of_the_whole_model(path: Path, layer: int) -> dict[str, torch.Te
     keep("hook_attn_out", named(model, *(f"{at}.{name}" for at in here for name in attn)))
     keep("hook_mlp_out", named(model, *(f"{at}.{mlp}" for at in here)))
     keep("attn.hook_z", named(model, *(f"{a}.{o}" for a in here for o in out)), entering=True)
-    states = model(IDS, output_hidden_states=True).hidden_states
+    states = model.forward(IDS, output_hidden_states=True).hidden_states
     return {**seen, "hook_resid_pre": states[layer], "hook_resid_post": states[layer + 1]}
 
 
@@ -130,17 +139,29 @@ def test_nothing_above_the_hook_point_is_loaded(any_tiny_lm):
     family = FAMILIES[load_config(any_tiny_lm).model_type]
     kept = [
         parameter.numel()
-        for name, parameter in whole.base_model.named_parameters()
-        if not name.startswith((f"{family.final_norm}.", f"{family.layers}.2", f"{family.layers}.3"))
+        for name, parameter in whole.get_submodule(whole.base_model_prefix).named_parameters()
+        if not name.startswith(
+            (f"{family.final_norm}.", f"{family.layers}.2", f"{family.layers}.3")
+        )
     ]
     assert sum(parameter.numel() for parameter in lm.model.parameters()) == sum(kept)
+
+
+def num_layers(lm: LanguageModel) -> int:
+    return len(
+        [
+            name
+            for name, _ in lm.model.named_modules()
+            if name.startswith("layers.") and name.count(".") == 1
+        ]
+    )
 
 
 def test_the_layer_that_a_resid_pre_enters_is_not_loaded(tiny_lm):
     one = LanguageModel.load(tiny_lm, [HookPoint(1, "resid_pre")])
     two = LanguageModel.load(tiny_lm, [HookPoint(1, "resid_pre"), HookPoint(1, "resid_post")])
-    assert len(one.model.get_submodule("layers")) == 1
-    assert len(two.model.get_submodule("layers")) == 2
+    assert num_layers(one) == 1
+    assert num_layers(two) == 2
     point = HookPoint(1, "resid_pre")
     torch.testing.assert_close(one.read(IDS)[point], two.read(IDS)[point])
 
@@ -176,8 +197,7 @@ def test_sharded_weights_read_the_same(tiny_lm, tmp_path):
 
 def test_the_text_part_of_a_model_that_sees_reads_like_the_text_model(tiny_lm_of, tmp_path):
     text = tiny_lm_of("gemma3")
-    config = AutoConfig.for_model(
-        "gemma3",
+    config = Gemma3Config(
         text_config=AutoConfig.from_pretrained(text).to_dict(),
         vision_config={
             **{"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1},
@@ -186,7 +206,10 @@ def test_the_text_part_of_a_model_that_sees_reads_like_the_text_model(tiny_lm_of
         mm_tokens_per_image=1,
     )
     model = Gemma3ForConditionalGeneration(config)
-    model.get_decoder().load_state_dict(whole_model(text).base_model.state_dict())
+    decoder, written = model.get_decoder(), whole_model(text).base_model
+    assert isinstance(decoder, torch.nn.Module)
+    assert isinstance(written, torch.nn.Module)
+    decoder.load_state_dict(written.state_dict())
     model.save_pretrained(tmp_path)
     point = HookPoint(1, "resid_post")
     read = LanguageModel.load(tmp_path, [point]).read(IDS)[point]
@@ -243,7 +266,9 @@ def test_broken_weights_are_refused(tiny_lm, tmp_path):
 def test_an_unknown_family_is_refused_with_the_known_ones(tiny_lm, tmp_path):
     shutil.copytree(tiny_lm, tmp_path / "opt")
     AutoConfig.for_model("opt").save_pretrained(tmp_path / "opt")
-    with pytest.raises(ModelError, match="type 'opt' are not supported: choose one of llama, mistral"):
+    with pytest.raises(
+        ModelError, match="type 'opt' are not supported: choose one of llama, mistral"
+    ):
         LanguageModel.load(tmp_path / "opt", [HookPoint(0, "resid_post")])
 
 

@@ -59,9 +59,7 @@ def test_statistics_are_those_of_the_rows(index: FeatureIndex) -> None:
     sums = np.concatenate([block.pooled("sum").toarray() for block in blocks]).sum(0)
     stats = index.stats
     np.testing.assert_allclose(stats.document_frequency, (counts > 0).mean(0), rtol=1e-6)
-    np.testing.assert_allclose(
-        stats.token_density, counts.sum(0) / index.n_tokens.sum(), rtol=1e-6
-    )
+    np.testing.assert_allclose(stats.token_density, counts.sum(0) / index.n_tokens.sum(), rtol=1e-6)
     np.testing.assert_allclose(
         stats.mean_on, sums / np.maximum(counts.sum(0), 1), rtol=1e-3, atol=1e-6
     )
@@ -84,7 +82,7 @@ def test_lexical_scores_find_the_rows_that_hold_the_words(index: FeatureIndex) -
     best = np.argsort(-scores)[:10]
     assert {index.column("source")[i] for i in best} == {"music"}
     assert (index.lexical_scores("zebra") == 0).all()
-    assert (index.lexical_scores('"quoted" OR (NEAR')) .shape == (60,)
+    assert (index.lexical_scores('"quoted" OR (NEAR')).shape == (60,)
 
 
 def test_rows_that_cannot_be_read_are_listed_with_reasons(
@@ -93,8 +91,15 @@ def test_rows_that_cannot_be_read_are_listed_with_reasons(
     bad = [
         "{broken",
         json.dumps({"id": "empty", "messages": []}),
-        json.dumps({"id": "row-3", "messages": [
-            {"role": "user", "content": "again"}, {"role": "assistant", "content": "yes"}]}),
+        json.dumps(
+            {
+                "id": "row-3",
+                "messages": [
+                    {"role": "user", "content": "again"},
+                    {"role": "assistant", "content": "yes"},
+                ],
+            }
+        ),
     ]
     path = str(tmp_path / "index")
     list(build_index(with_lines(tiny_settings, bad), path))
@@ -137,6 +142,6 @@ def test_an_unfinished_index_is_not_opened(tiny_settings: IndexSettings, tmp_pat
     path = str(tmp_path / "index")
     steps = build_index(tiny_settings, path)
     next(steps)
-    steps.close()
+    del steps  # a generator that is let go is closed
     with pytest.raises(ArtifactError, match="not finished"):
         FeatureIndex(path)

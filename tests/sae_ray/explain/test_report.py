@@ -165,7 +165,7 @@ def test_everything_in_the_report_is_on_the_page():
     expected = ["Do sums.", "30 of 40 rows", "4 examples", "321", "1,234", "3 March 2026"]
     expected += ["It abstained.", "The words and the model disagree.", "sums", "“one”", "2.50"]
     expected += ["-1.00", "3.1 %", "lexical 1.00", "counted together with 8", "what is one?"]
-    expected += ["last row chosen: 0.850", "gsm", "75 %", "12 % of the pool, 50 % of the selection"]
+    expected += ["lowest chosen: 0.850", "gsm", "75 %", "12 % of the pool, 50 % of the selection"]
     expected += ["drawn at random", "+0.40", "blocks.2, 2,048 latents", "scorer: fused", "seed: 17"]
     expected += ["asked-1", "is this one?", "asked-2"]
     expected += [f"question {i}" for i in range(30)] + [f"r{i}" for i in range(30)]
@@ -248,7 +248,7 @@ def test_a_page_of_five_hundred_long_rows_stays_small():
     assert len(html.encode()) < 1_500_000
     text = Page(html).text
     assert "that are not shown here" in text
-    assert "2 more turns" in text
+    assert "10 more turns" in text
     assert all(one.id in text for one in rows)
 
 
@@ -272,6 +272,14 @@ def test_a_histogram_counts_every_row_once():
         counted.edges, [1, 1, 0, 0, 0, 0, 0, 0, 0, 3], [0, 0, 0, 0, 0, 0, 0, 0, 0, 3]
     )
     assert (counted.edges[0], counted.edges[-1]) == (0.0, 1.0)
+
+
+def test_outliers_do_not_squeeze_a_histogram_and_are_counted():
+    values = np.concatenate([np.linspace(0, 1, 1000), [-50.0, 90.0]])
+    counted = histogram(values, values > 0.9, bins=10)
+    assert (sum(counted.pool), sum(counted.selection)) == (1002, 101)
+    assert (counted.edges[0], counted.edges[-1]) == (-50, 90)
+    assert max(counted.pool) < 110
 
 
 @pytest.mark.parametrize("lengths", [[0, 0, 1, 5, 900], [4, 4], [0], [1, 2]])

@@ -60,7 +60,7 @@ def make_sae(kind: str, *, training: bool = False, **settings):
 
 
 def activations(num_tokens: int = 50, seed: int = 1) -> Tensor:
-    """Tokens about a mean as long as the rest, as in a residual stream, and one ten times longer."""
+    """Tokens about a mean as long as the rest, as in a residual stream, and one far longer."""
     x = torch.randn(num_tokens, D_IN, generator=torch.Generator().manual_seed(seed)) * 2 + 2
     x[0] *= 10
     return x
@@ -81,9 +81,7 @@ def assert_same(actual: Tensor, expected: Tensor) -> None:
 @pytest.mark.parametrize("kind", INFERENCE)
 @torch.no_grad()
 def test_it_encodes_and_reconstructs_as_sae_lens_does(kind, norm, apply_b_dec_to_input, tmp_path):
-    sae = make_sae(
-        kind, normalize_activations=norm, apply_b_dec_to_input=apply_b_dec_to_input
-    )
+    sae = make_sae(kind, normalize_activations=norm, apply_b_dec_to_input=apply_b_dec_to_input)
     encoder, x = saved(sae, tmp_path), activations()
     assert_same(encoder.encode(x), sae.encode(x))
     assert_same(encoder.reconstruct(x), sae(x))
@@ -123,7 +121,7 @@ def test_what_training_saves_for_inference_is_read_as_sae_lens_reads_it(kind, tm
 
     sae = make_sae(kind, training=True)
     if hasattr(sae, "topk_threshold"):
-        sae.topk_threshold.fill_(0.9)
+        sae.get_buffer("topk_threshold").fill_(0.9)
     encoder, x = saved(sae, tmp_path), activations()
     again = SAE.load_from_disk(tmp_path)
     assert_same(encoder.encode(x), again.encode(x))
@@ -372,7 +370,10 @@ def test_a_transcoder_without_its_decoder_is_refused(tmp_path):
     [
         ({"architecture": "temporal"}, "'temporal' is not supported for reading; allowed are sta"),
         ({"architecture": "batchtopk"}, "for inference: that makes them jumprelu"),
-        ({"normalize_activations": "l2"}, "normalize_activations 'l2' is not known; allowed are no"),
+        (
+            {"normalize_activations": "l2"},
+            "normalize_activations 'l2' is not known; allowed are no",
+        ),
         ({"metadata": {"model_name": "tiny"}}, "does not say which hook point it reads; set"),
     ],
 )

@@ -81,11 +81,8 @@ def test_files_have_the_columns_that_the_paths_promise() -> None:
 
 def test_the_card_says_what_the_figures_say() -> None:
     figures = json.loads((tiny.DEFAULT / "figures.json").read_text())
-    headroom = json.loads((tiny.DEFAULT / "headroom.json").read_text())
-    labels = json.loads(tiny.labels_path().read_text(encoding="utf-8"))
     text = card.path_for(tiny.DEFAULT).read_text()
-    size = card.folder_bytes(tiny.DEFAULT)
-    assert text == card.render(figures, headroom, labels, size)
+    assert text == card.of_folder(tiny.DEFAULT)
     assert f"FVU {figures['sae']['fvu']:.3f}" in text
     for loss in figures["lm"]["loss"].values():
         assert f"{loss:.3f} nats" in text

@@ -1,0 +1,80 @@
+#!/usr/bin/env python
+"""Measures what the service promises: each part in a process of its own, one table, one file."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Console
+from rich.table import Table
+
+from sae_ray.config import JobConfig, OutputPath, run_job
+
+BENCHMARKS = Path(__file__).parents[1] / "tests" / "benchmarks"
+Part = Literal["speed", "overhead", "memory", "retarget", "agreement", "quality"]
+QUICK: dict[Part, str] = {
+    "speed": "--rows 200 --tune_rows 32 --repeats 2",
+    "overhead": "--rows 2000 --rows_per_shard 200 --repeats 1",
+    "memory": "--sizes 500,1000,2000",
+    "retarget": "--repeats 2",
+    "agreement": "--rows 100 --index_rows 2000",
+    "quality": "--rows 6000 --splits report",
+}
+WORKS_IN_FOLDER = ("memory", "retarget", "quality")
+
+
+class Config(JobConfig):
+    """Measure curation: speed, Ray's overhead, memory, re-targeting, agreement, quality.
+
+    python jobs/bench.py curate --out runs/bench
+    python jobs/bench.py curate --out runs/bench --parts speed,agreement
+
+    Give the machine nothing else to do. The table shows every part measured into that folder.
+    """
+
+    parts: list[Part] = ["speed", "overhead", "memory", "retarget", "agreement", "quality"]
+    """What to measure."""
+    pool: str | None = None
+    """Parquet file. Default: the real pool that lies beside the project, else the embedded one."""
+    lm: str | None = None
+    """Model that reads; as for the pool."""
+    sae: str | None = None
+    """SAE of that model; as for the pool."""
+    quick: bool = False
+    """Small sizes, to see that everything runs: the figures mean nothing."""
+    out: OutputPath
+    """Folder for results.json, each part's file, and the indexes that are made on the way."""
+
+
+def main(config: Config) -> int:
+    """Run the parts one after the other and print their figures as one table."""
+    out = Path(config.out)
+    inputs = {"pool": config.pool, "lm": config.lm, "sae": config.sae}
+    table = Table("part", "figure", "value", "target", "")
+    results: dict[str, object] = {}
+    failed = 0
+    for part in config.parts:
+        command = [
+            sys.executable,
+            str(BENCHMARKS / f"{part}.py"),
+            "--out",
+            str(out / f"{part}.json"),
+        ]
+        command += [word for name, path in inputs.items() if path for word in (f"--{name}", path)]
+        command += ["--work", str(out / "work")] if part in WORKS_IN_FOLDER else []
+        command += QUICK[part].split() if config.quick else []
+        failed += subprocess.run(command, check=False).returncode != 0
+    for part in (name for name in QUICK if (out / f"{name}.json").exists()):
+        results[part] = report = json.loads((out / f"{part}.json").read_text())
+        for row in report["rows"]:
+            table.add_row(part, *row)
+    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    Console().print(table)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    suite = sys.argv[1:2] == ["curate"]
+    sys.exit(run_job(main, Config, sys.argv[2:] if suite else None))

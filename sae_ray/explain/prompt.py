@@ -1,0 +1,52 @@
+"""A prompt at which a person judges rows until the selection suits them."""
+
+import re
+from collections.abc import Callable
+
+from sae_ray.explain.curation import Curator, Request
+
+HELP = "numbers to keep as +1 +4, to drop as -2; Enter shows others, w writes, q leaves"
+
+_JUDGED = re.compile(r"([+-])(\d+)")
+_SHOWN_CHARS = 160
+
+
+def refine(
+    curator: Curator, request: Request, ask: Callable[[str], str], say: Callable[[str], None]
+) -> Request | None:
+    """Show rows and take judgements, round after round; return the request to write, or None.
+
+    Args:
+        curator: an open index.
+        request: what is asked so far.
+        ask: shows a prompt and returns a line; `input` will do.
+        say: shows a line; `print` will do.
+    """
+    seen: set[int] = set()
+    while True:
+        outcome = curator.answer(request)
+        for warning in outcome.warnings():
+            say(f"warning: {warning}")
+        rows = curator.to_judge(outcome, seen)
+        seen.update(row.row for row in rows)
+        for number, row in enumerate(rows, start=1):
+            said = " ".join(row.conversation.text().split())
+            say(f"{number:3}. {said[:_SHOWN_CHARS]}")
+        try:
+            reply = ask(f"{HELP}\n> ").strip()
+        except EOFError:
+            reply = "q"
+        if reply in ("w", "q"):
+            return request if reply == "w" else None
+        judged = {"+": list(request.keep), "-": list(request.drop)}
+        for sign, number in _JUDGED.findall(reply):
+            if 1 <= int(number) <= len(rows):
+                judged[sign].append(rows[int(number) - 1].conversation.id)
+            else:
+                say(f"there is no row {number}: give 1 to {len(rows)}")
+        request = request.model_copy(
+            update={
+                "keep": tuple(dict.fromkeys(judged["+"])),
+                "drop": tuple(one for one in dict.fromkeys(judged["-"]) if one not in judged["+"]),
+            }
+        )

@@ -1,0 +1,171 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from jobs import curate, index
+from sae_ray.artifacts import content_hash, verify
+from sae_ray.config import run_job
+from sae_ray.explain.curation import KIND
+
+TASK = "Write songs for the piano"
+
+
+@pytest.fixture(scope="module")
+def world(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_lm_of: Callable[[str], Path],
+    make_tiny_sae: Callable[[Path], Path],
+    make_pool: Callable[[Path, int], Path],
+) -> dict[str, str]:
+    """A pool with one nasty row, a model, a SAE and their index, made by the job."""
+    folder = tmp_path_factory.mktemp("world")
+    pool = make_pool(folder / "pool.jsonl", 60)
+    nasty = {
+        "id": "<b>nasty</b>",
+        "source": "</script><script>alert(1)</script>",
+        "messages": [
+            {"role": "user", "content": "<script>alert('piano song')</script>"},
+            {"role": "assistant", "content": "piano song voice </script>"},
+        ],
+    }
+    with pool.open("a") as file:
+        file.write(json.dumps(nasty) + "\n{broken\n")
+    sae = make_tiny_sae(folder / "sae")
+    flags = {"pool": pool, "lm": tiny_lm_of("llama"), "sae": sae, "dtype": "float32"}
+    line = [f"--{name}={value}" for name, value in flags.items()]
+    line += ["--no-check_fit", "--num_workers=0", "--rows_per_shard=16"]
+    assert run_job(index.main, index.Config, [*line, f"--out={folder}/index"]) == 0
+    return {"index": f"{folder}/index", "folder": str(folder)}
+
+
+def run(world: dict[str, str], out: Path, *flags: str) -> int:
+    line = [f"--task={TASK}", "--budget_examples=12", f"--index={world['index']}", f"--out={out}"]
+    return run_job(curate.main, curate.Config, [*line, *flags])
+
+
+def ids(out: Path) -> list[str]:
+    return pq.read_table(out / "selection.parquet")["id"].to_pylist()
+
+
+def test_a_sentence_gives_rows_with_reasons(world: dict[str, str], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert run(world, out) == 0
+    rows = pq.read_table(out / "selection.parquet").to_pylist()
+    assert [row["rank"] for row in rows] == list(range(1, 13))
+    assert [row["score"] for row in rows] == sorted((r["score"] for r in rows), reverse=True) or (
+        len({row["id"] for row in rows}) == 12  # coverage may let a lower score in front
+    )
+    right = [row for row in rows if "piano" in str(row["messages"]) or "song" in str(row["messages"])]
+    assert len(right) >= 10
+    for row in rows:
+        assert row["n_tokens"] > 0
+        assert row["reasons"]
+        for reason in row["reasons"]:
+            assert 0 < reason["weight"] <= 1
+            assert reason["tokens"]
+    profile = json.loads((out / "profile.json").read_text())
+    assert profile["task"] == TASK
+    assert all(latent["evidence"] for latent in profile["latents"])
+    assert pq.read_table(out / "rejected.parquet").num_rows == 1
+    verify(str(out))
+
+
+def test_the_page_shows_what_the_data_says_and_runs_none_of_it(
+    world: dict[str, str], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    assert run(world, out, "--keep", '["<b>nasty</b>"]') == 0
+    page = (out / "report.html").read_text()
+    assert TASK in page
+    assert "<b>nasty" not in page
+    assert "<script>alert" not in page
+    assert "alert(&#39;piano song&#39;)" in page
+    assert page.count("<script") == page.count("</script>")
+
+
+def test_the_same_request_gives_the_same_bytes_and_a_finished_one_is_left_alone(
+    world: dict[str, str], tmp_path: Path
+) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert run(world, first) == 0
+    assert run(world, second) == 0
+    assert (first / "selection.parquet").read_bytes() == (second / "selection.parquet").read_bytes()
+    written = (first / "manifest.json").stat().st_mtime_ns
+    assert run(world, first) == 0
+    assert (first / "manifest.json").stat().st_mtime_ns == written
+    assert len(content_hash(str(first), KIND)) == 64
+
+
+def test_rows_that_are_kept_pull_their_like_in(world: dict[str, str], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    # Rows 2, 5, 8 ... are about rivers; the task is about music.
+    rivers = [f"row-{i}" for i in range(2, 60, 3)]
+    assert run(world, out, "--keep", *rivers[:6]) == 0
+    assert sum(one in rivers for one in ids(out)) >= 9
+
+
+def test_another_request_does_not_overwrite_an_answer(
+    world: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(world, tmp_path / "out") == 0
+    assert run(world, tmp_path / "out", "--keep=row-1") == 2
+    error = capsys.readouterr().err
+    assert "another run" in error
+    assert "keep" in error
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--task="], "task is empty"),
+        (["--budget_examples=62"], "61 readable rows"),
+        (["--keep=row-1", "--drop=row-1"], "is in keep and in drop"),
+        (["--keep=row_1"], "row-1"),
+        (["--selector=best"], "selector"),
+        (["--budgets=3"], "did you mean --budget"),
+        (["--quota=0.5"], "quota_column"),
+        (["--labels=nowhere.json"], "nowhere.json"),
+    ],
+)
+def test_nonsense_is_answered_in_one_line(
+    world: dict[str, str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    flags: list[str],
+    says: str,
+) -> None:
+    assert run(world, tmp_path / "out", *flags) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert says in error
+
+
+def test_a_task_that_finds_nothing_abstains_and_still_ranks(
+    world: dict[str, str], tmp_path: Path
+) -> None:
+    lost = "--task=Zzyzx qwertz"
+    assert run(world, tmp_path / "lenient", lost) == 0
+    assert run(world, tmp_path / "strict", lost, "--strict") == 3
+    manifest = json.loads((tmp_path / "strict/manifest.json").read_text())
+    assert manifest["extra"]["abstained"] is True
+    assert "no row of the pool holds a word" in manifest["warnings"][0]
+    assert len(ids(tmp_path / "strict")) == 12
+
+
+def test_judging_at_the_prompt_changes_what_is_written(
+    world: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    replies = iter(["+1 -2 +99", "", "w"])
+    monkeypatch.setattr("builtins.input", lambda _: next(replies))
+    assert run(world, tmp_path / "out", "--interactive") == 0
+    shown = capsys.readouterr().out
+    assert "there is no row 99" in shown
+    profile = json.loads((tmp_path / "out/profile.json").read_text())
+    assert len(profile["keep"]) == len(profile["drop"]) == 1
