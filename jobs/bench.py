@@ -18,7 +18,7 @@ QUICK: dict[Part, str] = {
     "speed": "--rows 200 --tune_rows 32 --repeats 2",
     "overhead": "--rows 2000 --rows_per_shard 200 --repeats 1",
     "memory": "--sizes 500,1000,2000",
-    "retarget": "--repeats 2",
+    "retarget": "--size 2000 --repeats 2",
     "agreement": "--rows 100 --index_rows 2000",
     "quality": "--rows 6000 --splits report",
 }

@@ -4,20 +4,17 @@
 import sys
 from typing import ClassVar
 
-from pydantic import Field
-
 from sae_ray.config import OutputPath, run_job
 from sae_ray.curate.index import FeatureIndex
-from sae_ray.curate.score import ScorerName
-from sae_ray.curate.select import SelectorName
+from sae_ray.curate.request import Request
 from sae_ray.curate.settings import IndexSettings
 from sae_ray.distributed.data import ensure_index
 from sae_ray.distributed.progress import watch
-from sae_ray.explain.curation import Curator, Request
+from sae_ray.explain.curation import Curator
 from sae_ray.explain.prompt import refine
 
 
-class Config(IndexSettings):
+class Config(IndexSettings, Request):
     """From one sentence to the conversations that teach it, with the reason for every row.
 
     python jobs/curate.py --task "Solve maths word problems" --out runs/maths
@@ -27,36 +24,12 @@ class Config(IndexSettings):
     Look at report.html in the output folder: it shows rows to judge and composes the next command.
     """
 
-    task: str
-    """What a model should get good at, in a sentence."""
     out: OutputPath
     """Folder or URL of the selection."""
     index: OutputPath | None = None
     """Index of the pool: used if it is there, made there if not. Default: OUT-index."""
-    budget_examples: int = Field(500, ge=1)
-    """Rows to select."""
-    budget_tokens: int | None = Field(None, ge=1)
-    """Content tokens that the selection may hold."""
-    keep: list[str] = []
-    """Ids of rows of the pool that are right: they outweigh what the words found."""
-    drop: list[str] = []
-    """Ids of rows of the pool that are wrong."""
-    examples: str | None = None
-    """Conversations of the kind wanted, in any form that a pool may have."""
-    pseudo_queries: str | None = None
-    """Conversations that a capable model wrote from the task, in any form that a pool may have."""
-    evaluation: list[str] = []
-    """Evaluation files that the selection is checked against, by 13-grams."""
     labels: str | None = None
     """JSON file with the SAE's labels. Default: labels.json in or beside its folder."""
-    scorer: ScorerName = "fused"
-    """How rows are scored."""
-    selector: SelectorName = "greedy"
-    """How scored rows are chosen."""
-    quota_column: str | None = None
-    """Column, carried by keep_columns, of which no value may take more than quota."""
-    quota: float | None = Field(None, gt=0, le=1)
-    """Largest share of one value of quota_column."""
     strict: bool = False
     """Exit with 3 if the selection abstained."""
     interactive: bool = False
@@ -64,16 +37,13 @@ class Config(IndexSettings):
 
     incidental: ClassVar[frozenset[str]] = IndexSettings.incidental | {"strict", "interactive"}
 
-    def request(self) -> Request:
-        """Return what is asked of the index."""
-        return Request.model_validate(self.model_dump(include=set(Request.model_fields)))
-
 
 def main(config: Config) -> int:
     """Index the pool if need be, curate, and say where the result is."""
     path = config.index or f"{config.out.rstrip('/')}-index"
     watch(ensure_index(config, path))
-    curator, request = Curator(FeatureIndex(path), config.labels), config.request()
+    curator = Curator(FeatureIndex(path), config.labels)
+    request = Request.model_validate(config.model_dump(include=set(Request.model_fields)))
     if config.interactive and (request := refine(curator, request, input, print)) is None:
         return 0
     manifest = curator.curate(request, config.out)

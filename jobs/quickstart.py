@@ -10,10 +10,11 @@ from pydantic import Field
 from sae_ray.config import run_job
 from sae_ray.curate.index import FeatureIndex
 from sae_ray.curate.output import preview
+from sae_ray.curate.request import Request
 from sae_ray.curate.settings import IndexSettings
 from sae_ray.distributed.data import ensure_index
 from sae_ray.distributed.progress import watch
-from sae_ray.explain.curation import Curator, Request
+from sae_ray.explain.curation import Curator
 
 
 class Config(IndexSettings):

@@ -156,8 +156,8 @@ class LanguageModel:
         if wrong := [name for name in wrong if not name.startswith(f"{family.final_norm}.")]:
             what = "has another shape" if wrong[0] in mismatched else "is missing"
             raise ModelError(
-                f"{path} lacks {len(wrong)} of the weights that its config.json asks for: the first, "
-                f"{wrong[0]}, {what}; copy or download the model again"
+                f"{path} lacks {len(wrong)} of the weights that its config.json asks for: the "
+                f"first, {wrong[0]}, {what}; copy or download the model again"
             )
         setattr(model, family.final_norm, nn.Identity())
         return cls(model.to(device), hook_points)

@@ -218,7 +218,9 @@ _TOPICS = {
 }
 
 
-def save_tiny_sae(folder: Path, hook_point: str = "blocks.1.hook_resid_post", seed: int = 0) -> Path:
+def save_tiny_sae(
+    folder: Path, hook_point: str = "blocks.1.hook_resid_post", seed: int = 0
+) -> Path:
     """Save a random JumpReLU SAE: 32 values in, 64 latents, a third of them on at a token."""
     generator = torch.Generator().manual_seed(seed)
     W_dec = torch.randn(64, 32, generator=generator)

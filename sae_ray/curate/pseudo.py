@@ -10,6 +10,7 @@ from pathlib import Path
 
 import httpx
 
+from sae_ray.artifacts import write_atomically
 from sae_ray.chat import Conversation
 from sae_ray.errors import TaskError
 
@@ -70,6 +71,18 @@ def ask_for_pseudo_queries(
             "and a model that it serves are needed; check both, or give a file"
         ) from error
     return _parse(content, base_url)
+
+
+def write_pseudo_queries(path: str, conversations: Sequence[Conversation]) -> None:
+    """Write conversations so that `read_pseudo_queries` reads them."""
+    lines = []
+    for one in conversations:
+        texts = {message["role"]: message["content"] for message in one.messages}
+        row = {"prompt": texts["user"]} | (
+            {"response": texts["assistant"]} if "assistant" in texts else {}
+        )
+        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+    write_atomically(path, "".join(lines).encode("utf-8", "replace"))
 
 
 def _parse(content: object, base_url: str) -> list[Conversation]:

@@ -9,29 +9,31 @@ point, reads only the description and the rows that are shown.
 
 import dataclasses
 import logging
-from collections.abc import Collection, Iterator, Mapping
+import os
+from collections.abc import Collection, Mapping
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, JsonValue
+from pydantic import JsonValue
 
 from sae_ray.artifacts import Manifest, State, begin, finish, open_artifact, write_atomically
+from sae_ray.chat import Conversation
 from sae_ray.curate.block import IndexBlock
 from sae_ray.curate.duplicates import contaminated
 from sae_ray.curate.index import FeatureIndex
 from sae_ray.curate.output import SelectedRow, copy_rejected, explain_rows, write_selection
 from sae_ray.curate.profile import Profile, build_profile
-from sae_ray.curate.refine import rows_to_show
-from sae_ray.curate.score import ScorerName, Scores, contributions, score_pool
-from sae_ray.curate.select import (
-    Quota,
-    Selection,
-    SelectorName,
-    candidates_needed,
-    select,
+from sae_ray.curate.pseudo import (
+    ask_for_pseudo_queries,
+    read_pseudo_queries,
+    write_pseudo_queries,
 )
+from sae_ray.curate.refine import rows_to_show
+from sae_ray.curate.request import Request
+from sae_ray.curate.score import Scores, contributions, score_pool
+from sae_ray.curate.select import Quota, Selection, candidates_needed, select
 from sae_ray.errors import ConfigError, ModelError
 from sae_ray.explain.page import fill_page
 from sae_ray.explain.report import render
@@ -43,29 +45,6 @@ logger = logging.getLogger(__name__)
 KIND = "selection"
 
 
-class Request(BaseModel):
-    """One description and what a person added to it."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    task: str
-    budget_examples: int = 500
-    budget_tokens: int | None = None
-    keep: tuple[str, ...] = ()
-    drop: tuple[str, ...] = ()
-    examples: str | None = None
-    """Source of rows given: any that a pool may be."""
-    pseudo_queries: str | None = None
-    """Source of conversations that a model wrote from the description."""
-    evaluation: tuple[str, ...] = ()
-    """Sources that the selection must not repeat."""
-    scorer: ScorerName = "fused"
-    selector: SelectorName = "greedy"
-    quota: float | None = None
-    """Largest share of the selection that one value of `quota_column` may take."""
-    quota_column: str | None = None
-
-
 @dataclasses.dataclass(frozen=True)
 class Outcome:
     """What a request gave."""
@@ -75,6 +54,8 @@ class Outcome:
     scores: Scores
     contaminated: dict[str, list[str]]
     """Evaluation source -> ids of selected rows that share a 13-gram with it."""
+    pseudo_queries: list[Conversation]
+    """What a model wrote, for the next run to start from."""
 
     def warnings(self) -> list[str]:
         """Say what to know before trusting the selection."""
@@ -110,13 +91,14 @@ class Curator:
                 f"budget_examples={request.budget_examples} but the pool holds "
                 f"{self.index.num_rows} readable rows: ask for at most as many"
             )
+        pseudo_queries = _pseudo_queries(request)
         profile = build_profile(
             request.task,
             self.index,
-            examples=self._read(request.examples),
+            examples=self._score(_conversations(request.examples)),
             keep=request.keep,
             drop=request.drop,
-            pseudo_queries=self._read(request.pseudo_queries),
+            pseudo_queries=self._score(pseudo_queries),
             labels=self.labels,
             decoder=self._decoder,
         )
@@ -135,7 +117,8 @@ class Curator:
             selector=request.selector,
             quota=self._quota(request),
         )
-        return Outcome(profile, selection, scores, self._contaminated(request, selection))
+        leaks = self._contaminated(request, selection)
+        return Outcome(profile, selection, scores, leaks, pseudo_queries)
 
     def curate(self, request: Request, path: str) -> Manifest:
         """Answer a request into a folder, unless that is done.
@@ -152,6 +135,8 @@ class Curator:
         write_selection(path, rows)
         write_atomically(f"{path}/profile.json", outcome.profile.to_json().encode())
         copy_rejected(self.index, path)
+        if outcome.pseudo_queries:
+            write_pseudo_queries(f"{path}/pseudo_queries.jsonl", outcome.pseudo_queries)
         report = fill_page(
             self.index, request, outcome, rows, self.labels, path, datetime.now(UTC).date()
         )
@@ -179,11 +164,10 @@ class Curator:
             self.index, chosen.rows.tolist(), chosen.scores.tolist(), chosen.reasons, self.labels
         )
 
-    def _read(self, source: str | None) -> IndexBlock | None:
-        """Score conversations from outside the pool."""
-        if source is None:
+    def _score(self, conversations: list[Conversation]) -> IndexBlock | None:
+        """Read conversations from outside the pool."""
+        if not conversations:
             return None
-        conversations = [c for piece in plan(source).slices for c in read(piece).conversations]
         return self.index.scorer(conversations, range(len(conversations))).block
 
     def _quota(self, request: Request) -> Quota | None:
@@ -204,14 +188,32 @@ class Curator:
     def _contaminated(self, request: Request, selection: Selection) -> dict[str, list[str]]:
         if not request.evaluation:
             return {}
-        texts = {source: _texts(source) for source in request.evaluation}
+        texts = {
+            source: [one.text() for one in _conversations(source)] for source in request.evaluation
+        }
         return contaminated(self.index.conversations(selection.rows), texts)
 
 
-def _texts(source: str) -> Iterator[str]:
-    for piece in plan(source).slices:
-        for conversation in read(piece).conversations:
-            yield conversation.text()
+def _conversations(source: str | None) -> list[Conversation]:
+    """Read a source in any form that a pool may have."""
+    if source is None:
+        return []
+    return [one for piece in plan(source).slices for one in read(piece).conversations]
+
+
+def _pseudo_queries(request: Request) -> list[Conversation]:
+    if request.pseudo_queries is not None:
+        return read_pseudo_queries(request.pseudo_queries)
+    if (request.pseudo_url is None) != (request.pseudo_model is None):
+        raise ConfigError("pseudo_url and pseudo_model go together: give both, or neither")
+    if request.pseudo_url is None or request.pseudo_model is None:
+        return []
+    return ask_for_pseudo_queries(
+        request.task,
+        base_url=request.pseudo_url,
+        model=request.pseudo_model,
+        api_key=os.environ.get("OPENAI_API_KEY"),
+    )
 
 
 def _labels_of(sae: str, given: str | None) -> Mapping[int, str]:

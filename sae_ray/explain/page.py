@@ -14,6 +14,7 @@ from sae_ray.curate.index import FeatureIndex
 from sae_ray.curate.output import SelectedRow, explain_rows
 from sae_ray.curate.profile import ProfileLatent
 from sae_ray.curate.refine import NUM_TOP, rows_to_show
+from sae_ray.curate.request import Request
 from sae_ray.curate.score import contributions
 from sae_ray.explain.report import (
     LATENTS_IN_FULL,
@@ -31,7 +32,7 @@ from sae_ray.explain.report import (
 from sae_ray.explain.shading import Context, context, distinct, plain, shade
 
 if TYPE_CHECKING:
-    from sae_ray.explain.curation import Outcome, Request
+    from sae_ray.explain.curation import Outcome
 
 NUM_RANDOM = 8
 CONTEXTS = 4
@@ -143,7 +144,7 @@ class _Page:
 
 def fill_page(
     index: FeatureIndex,
-    request: "Request",
+    request: Request,
     outcome: "Outcome",
     rows: Sequence[SelectedRow],
     labels: Mapping[int, str],
@@ -196,16 +197,24 @@ def fill_page(
     )
 
 
-def _budget(request: "Request") -> str:
+def _budget(request: Request) -> str:
     text = f"{request.budget_examples:,} examples"
     return text + (f", {request.budget_tokens:,} tokens" if request.budget_tokens else "")
 
 
-def _next_settings(index: FeatureIndex, request: "Request") -> dict[str, str]:
+def _next_settings(index: FeatureIndex, request: Request) -> dict[str, str]:
     """Return the flags that make the same request again."""
     flags = {"task": request.task, "index": index.path}
     flags["budget_examples"] = str(request.budget_examples)
-    for name in ("budget_tokens", "examples", "pseudo_queries", "quota", "quota_column"):
+    for name in (
+        "budget_tokens",
+        "examples",
+        "pseudo_queries",
+        "pseudo_url",
+        "pseudo_model",
+        "quota",
+        "quota_column",
+    ):
         value = getattr(request, name)
         if value is not None:
             flags[name] = str(value)

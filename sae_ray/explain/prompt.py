@@ -3,7 +3,8 @@
 import re
 from collections.abc import Callable
 
-from sae_ray.explain.curation import Curator, Request
+from sae_ray.curate.request import Request
+from sae_ray.explain.curation import Curator
 
 HELP = "numbers to keep as +1 +4, to drop as -2; Enter shows others, w writes, q leaves"
 

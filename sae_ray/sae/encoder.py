@@ -300,8 +300,8 @@ def _input_norm(folder: Path, config: dict[str, Any]) -> InputNorm:
     norm = config.get("normalize_activations", "none")
     if norm in _FOLDED_NORMS:
         logger.warning(
-            "SAE %s was trained on activations normalised by %r, and its weights were saved without "
-            "it: they are read as they are, as sae-lens does; save_inference_model folds it in",
+            "SAE %s was trained on activations normalised by %r, and its weights were saved "
+            "without it: they are read as they are, as sae-lens does; save it for inference again",
             folder,
             norm,
         )

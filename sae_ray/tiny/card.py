@@ -1,6 +1,7 @@
 """The embedded default's card: provenance, licences and measured quality, written from figures."""
 
 import json
+import textwrap
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,6 +9,7 @@ from string import Template
 from typing import Any
 
 from sae_ray.tiny import DEFAULT
+from sae_ray.tiny.skills import LABELS
 
 HOW_LABELLED = (
     "concept tags of the generator most enriched among each latent's strongest contexts on the "
@@ -70,7 +72,12 @@ Held-out loss: $losses.
 $accuracies
 
 $eval_per_domain questions a domain, greedy answers. Experts are fine-tuned on 500 rows of their
-domain's pool (all weights; `$headroom_command`).
+domain's pool, all weights:
+
+    $headroom_command
+
+The base model seldom answers in the form that is asked for, so part of each gain is the form. Chance
+is $chances for who knows the form alone.
 
 SAE, on $quality_tokens tokens of held-out pool rows, template included: FVU $fvu, L0 $l0, dead
 latents $dead, latents on for more than a tenth of the tokens $dense.
@@ -131,7 +138,7 @@ def render(
     aucs = sorted(row["auc"] for row in rows if row["auc"] is not None)
     kinds = Counter(row["kind"] for row in rows)
     real = lm["num_tokens"]["real chats"] + lm["num_tokens"]["real text"]
-    return _CARD.substitute(
+    text = _CARD.substitute(
         figures["counts"],
         megabytes=f"{size / 1e6:.1f}",
         num_parameters=f"{lm['num_parameters']:,}",
@@ -160,7 +167,18 @@ def render(
             "by unlabelled", "unlabelled"
         ),
         labels_how=labels["how"],
+        chances=", ".join(f"{1 / len(names):.0%} for {d}" for d, names in LABELS.items()),
         auc=f"{aucs[len(aucs) // 2]:.3f}" if aucs else "none",
+    )
+    return "\n\n".join(map(_filled, text.strip().split("\n\n"))) + "\n"
+
+
+def _filled(block: str) -> str:
+    """Wrap a block of text anew, unless it is a heading, a table or a command."""
+    if block.startswith(("#", "|", "    ")):
+        return block
+    return textwrap.fill(
+        " ".join(block.split()), 100, break_on_hyphens=False, break_long_words=False
     )
 
 

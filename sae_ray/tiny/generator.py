@@ -55,7 +55,7 @@ def generate(seed: int, *, pretraining_rows: int = PRETRAIN_ROWS_PER_SKILL) -> S
         preferences=_preferences(seed, seen),
         pretraining=_pretraining(seed, seen, pretraining_rows),
         text=[
-            {"source": "generated prose", "licence": "Apache-2.0", "text": page}
+            {"source": "generated prose", "licence": "MIT", "text": page}
             for page in chronicle(seed, 1_100_000)
         ],
     )

@@ -7,7 +7,6 @@ finished are only re-targeted. Peaks are the system's own (VmHWM), read while th
 """
 
 import argparse
-import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -44,18 +43,23 @@ def write_part_of_pool(source: str, num_rows: int, path: Path) -> int:
     return len(rows)
 
 
-def index(options: argparse.Namespace, size: int, path: Path) -> dict[str, float]:
-    """Index a part of the pool on Ray; return peaks."""
-    pool = options.pool
-    if path.name != "index-whole":
+def index(options: argparse.Namespace, size: int) -> tuple[Path, dict[str, float]]:
+    """Index a part of the pool on Ray, unless that is done; return where it is, and peaks."""
+    whole = pq.read_metadata(options.pool).num_rows
+    path, pool = options.work / "index-whole", options.pool
+    if size < whole:
+        path = options.work / f"index-{size}"
         pool = path.with_suffix(".parquet")
+    if (path / "manifest.json").exists():
+        return path, {}
+    options.work.mkdir(parents=True, exist_ok=True)
+    if size < whole:
         write_part_of_pool(options.pool, size, pool)
     command = [sys.executable, str(ROOT / "jobs" / "index.py"), "--pool", str(pool)]
     command += ["--lm", options.lm, "--sae", options.sae, "--out", str(path)]
-    command += ["--num_workers", str(options.workers)]
     seconds, peaks = run_watched(command)
     log(f"indexed {size} rows in {seconds:.0f} s")
-    return largest(peaks)
+    return path, largest(peaks)
 
 
 def retarget(task: str, path: Path) -> dict[str, float]:
@@ -74,21 +78,15 @@ def main() -> None:
     parser.add_argument(
         "--sizes", type=lambda t: [int(x) for x in t.split(",")], default=[10_000, 30_000, 91_092]
     )
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--again", action="store_true", help="index anew what is finished")
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--out", default="memory.json")
     options = parser.parse_args()
     part, task = Part("memory"), descriptions()[0]
-    whole = pq.read_metadata(options.pool).num_rows
-    options.work.mkdir(parents=True, exist_ok=True)
     found: dict[str, dict[int, dict[str, float]]] = {"indexing": {}, "re-targeting": {}}
-    for size in sorted({min(size, whole) for size in options.sizes}):
-        path = options.work / ("index-whole" if size >= whole else f"index-{size}")
-        if options.again:
-            shutil.rmtree(path, ignore_errors=True)
-        if not (path / "manifest.json").exists():
-            found["indexing"][size] = index(options, size, path)
+    for size in options.sizes:
+        path, peaks = index(options, size)
+        if peaks:
+            found["indexing"][size] = peaks
         found["re-targeting"][size] = retarget(task, path)
     for what, by_size in found.items():
         peaks = {size: max(roles.values()) for size, roles in by_size.items()}

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import memory
 from measure import (
     ROOT,
     Child,
@@ -54,24 +55,17 @@ def prepare_ready(settings: dict) -> Callable[[dict], dict]:
     return repeat
 
 
-def build_or_find(options: argparse.Namespace) -> str:
-    """Return the index of the whole pool in the work folder."""
-    path = str(options.work / "index-whole")
-    command = [sys.executable, str(ROOT / "jobs" / "index.py"), "--pool", options.pool]
-    run_watched([*command, "--lm", options.lm, "--sae", options.sae, "--out", path], every_s=5)
-    return path
-
-
 def main() -> None:
     """Ask several sentences in both ways."""
     parser = argparse.ArgumentParser(description=__doc__)
     add_inputs(parser)
-    parser.add_argument("--index", help="a finished one; if not given, of the whole pool, in WORK")
+    parser.add_argument("--index", help="a finished one; if not given, it is made in WORK")
+    parser.add_argument("--size", type=int, default=91_092, help="rows, if it has to be made")
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", default="retarget.json")
     options = parser.parse_args()
-    options.index = options.index or build_or_find(options)
+    options.index = options.index or str(memory.index(options, options.size)[0])
     part, index = Part("retarget"), FeatureIndex(options.index)
     tasks = descriptions()[: options.repeats + 1]
     ready = Crew([Child(__file__, {"index": options.index}, {})])

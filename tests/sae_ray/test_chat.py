@@ -142,7 +142,7 @@ def test_contents_and_role_words_are_found_in_every_kind_of_template(template, r
 @pytest.mark.parametrize("backend", [BYTE_LEVEL, METASPACE], ids=["byte level", "metaspace"])
 def test_ids_are_those_of_the_tokenizers_own_chat_template(template, backend):
     chat = chat_tokenizer(template, backend)
-    messages = [dict(message) for message in TALK.messages]
+    messages = [{"role": m["role"], "content": m["content"]} for m in TALK.messages]
     expected = chat.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
     assert tokens_of(chat, TALK).ids.tolist() == expected
     (prompt,) = chat.tokenize([TALK], 10_000, generation_prompt=True)

@@ -179,9 +179,10 @@ def test_a_job_ends_with_one_line_and_an_exit_code(capsys, argv, code, said):
     assert printed.count("\n") == (1 if said else 0)
 
 
-def test_a_mistake_of_ours_is_not_hidden():
+@pytest.mark.parametrize("mistake", [ZeroDivisionError(), OSError(5, "Input/output error")])
+def test_a_mistake_of_ours_is_not_hidden(mistake):
     def broken(config: Config) -> None:
-        raise ZeroDivisionError
+        raise mistake
 
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(type(mistake)):
         run_job(broken, Config, ["--flour=rye"])

@@ -42,7 +42,8 @@ TALKS = [
 
 
 def load(lm: Path, sae: Path, **settings: Any) -> LatentScorer:
-    return LatentScorer.load(ScorerConfig(str(lm), str(sae), **({"dtype": "float32"} | settings)))
+    settings = {"dtype": "float32"} | settings
+    return LatentScorer.load(ScorerConfig(str(lm), str(sae), **settings))
 
 
 def score(scorer: LatentScorer, talks=TALKS) -> IndexBlock:

@@ -1,0 +1,41 @@
+"""Request: one description, a budget, and what a person added to them."""
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from sae_ray.curate.score import ScorerName
+from sae_ray.curate.select import SelectorName
+
+
+class Request(BaseModel):
+    """What is asked of an index; with the index it decides the selection."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    task: str
+    """What a model should get good at, in a sentence."""
+    budget_examples: int = Field(500, ge=1)
+    """Rows to select."""
+    budget_tokens: int | None = Field(None, ge=1)
+    """Content tokens that the selection may hold."""
+    keep: tuple[str, ...] = ()
+    """Ids of rows of the pool that are right: they outweigh what the words found."""
+    drop: tuple[str, ...] = ()
+    """Ids of rows of the pool that are wrong."""
+    examples: str | None = None
+    """Conversations of the kind wanted, in any form that a pool may have."""
+    pseudo_queries: str | None = None
+    """File of conversations that a capable model wrote from the task: prompts, or JSON lines."""
+    pseudo_url: str | None = None
+    """OpenAI-compatible endpoint asked to write them instead; its key is in OPENAI_API_KEY."""
+    pseudo_model: str | None = None
+    """Model that the endpoint serves."""
+    evaluation: tuple[str, ...] = ()
+    """Evaluation files that the selection is checked against, by 13-grams."""
+    scorer: ScorerName = "fused"
+    """How rows are scored: fused, latents, hidden, sum_topk, jaccard (MONA), max or cosine."""
+    selector: SelectorName = "greedy"
+    """How scored rows are chosen: greedy (with coverage of concepts), topk or round_robin."""
+    quota_column: str | None = None
+    """Column, carried by keep_columns, of which no value may take more than quota."""
+    quota: float | None = Field(None, gt=0, le=1)
+    """Largest share of the selection that one value of quota_column may take."""
