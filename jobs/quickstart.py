@@ -29,9 +29,9 @@ class Config(IndexSettings):
 
     task: str = "Solve short maths word problems about everyday things"
     """What a model should get good at, in a sentence."""
-    name: str = Field("quickstart", pattern=r"^[\w.-]+$")
+    name: str = Field(default="quickstart", pattern=r"^[\w.-]+$")
     """Name of this run: letters, digits, dots, dashes and underscores."""
-    budget_examples: int = Field(200, ge=1)
+    budget_examples: int = Field(default=200, ge=1)
     """Rows to select."""
 
     incidental: ClassVar[frozenset[str]] = IndexSettings.incidental | {"name"}

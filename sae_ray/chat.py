@@ -197,8 +197,8 @@ class ChatTokenizer:
             # Added tokens can swallow white space beside them; that makes them nobody's words.
             inside &= ~added | ((starts >= opens) & (ends <= closes))
             response = inside & assistant[message]
-        kinds = np.where(inside, Kind.CONTENT, Kind.TEMPLATE).astype(np.uint8)
         frame = ~inside
+        kinds = frame.astype(np.uint8)  # Kind.CONTENT and Kind.TEMPLATE
         for i in np.flatnonzero(added[:-1] & frame[:-1] & frame[1:] & ~added[1:]).tolist():
             if word := _ROLE_WORD.match(text, ends[i]):
                 kinds[i + 1 :][(starts[i + 1 :] < word.end()) & frame[i + 1 :]] = Kind.ROLE

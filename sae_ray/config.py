@@ -205,7 +205,7 @@ def _read_yaml(cls: type[JobConfig], path: str) -> dict[str, JsonValue]:
 
 def _unknown(cls: type[JobConfig], what: str, given: str, prefix: str) -> str:
     known = [*cls.model_fields, *(["config"] if prefix else [])]
-    nearest = difflib.get_close_matches(given.lstrip("-").replace("-", "_"), known, n=1, cutoff=0.5)
+    nearest = difflib.get_close_matches(given.lstrip("-"), known, n=1, cutoff=0.5)
     advice = f"did you mean {prefix}{nearest[0]}?" if nearest else "see --help"
     return f"unknown {what} {given!r}: {advice} Known: {', '.join(known)}"
 

@@ -1,0 +1,1 @@
+"""Curation: from a description to a selection, over an index of pooled latents."""

@@ -13,9 +13,9 @@ class Request(BaseModel):
 
     task: str
     """What a model should get good at, in a sentence."""
-    budget_examples: int = Field(500, ge=1)
+    budget_examples: int = Field(default=500, ge=1)
     """Rows to select."""
-    budget_tokens: int | None = Field(None, ge=1)
+    budget_tokens: int | None = Field(default=None, ge=1)
     """Content tokens that the selection may hold."""
     keep: tuple[str, ...] = ()
     """Ids of rows of the pool that are right: they outweigh what the words found."""
@@ -37,5 +37,5 @@ class Request(BaseModel):
     """How scored rows are chosen: greedy (with coverage of concepts), topk or round_robin."""
     quota_column: str | None = None
     """Column, carried by keep_columns, of which no value may take more than quota."""
-    quota: float | None = Field(None, gt=0, le=1)
+    quota: float | None = Field(default=None, gt=0, le=1)
     """Largest share of the selection that one value of quota_column may take."""

@@ -24,21 +24,21 @@ class IndexSettings(JobConfig):
     Without it, the embedded one."""
     dtype: DTypeName = "bfloat16"
     """Precision of the forward and of the encoder's product; sums stay float32."""
-    max_tokens: int = Field(2048, ge=8)
+    max_tokens: int = Field(default=2048, ge=8)
     """Tokens read of each conversation; the rest is left out and counted as truncated."""
-    batch_tokens: int = Field(4096, ge=1)
+    batch_tokens: int = Field(default=4096, ge=1)
     """Tokens in a batch, padding included."""
-    top_latents: int = Field(512, ge=1)
+    top_latents: int = Field(default=512, ge=1)
     """Latents kept of each row by maximum and as many by mean, where d_sae is above 4,096."""
-    rows_per_shard: int = Field(2048, ge=1)
+    rows_per_shard: int = Field(default=2048, ge=1)
     """Rows of the pool in a shard: the unit that is scored at once, and lost when a worker dies."""
-    keep_columns: list[str] = Field(["source"])
+    keep_columns: list[str] = Field(default=["source"])
     """Columns of the pool to show in reports, where it has them; never read by a selector."""
-    max_rejected: float = Field(0.1, ge=0, le=1)
+    max_rejected: float = Field(default=0.1, ge=0, le=1)
     """Share of unreadable rows past which the job stops; rejected rows are listed with reasons."""
     check_fit: bool = True
     """Refuse a SAE that leaves over 80 % of the variance unexplained: another model's."""
-    num_workers: int | None = Field(None, ge=0)
+    num_workers: int | None = Field(default=None, ge=0)
     """Ray workers: one a GPU, or a core, if not given; 0 scores in this process without Ray."""
 
     incidental: ClassVar[frozenset[str]] = frozenset({"out", "index", "num_workers"})

@@ -1,0 +1,1 @@
+"""Explanation: what was chosen and why, on pages for people."""

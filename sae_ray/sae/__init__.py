@@ -1,0 +1,1 @@
+"""Sparse autoencoders: fast encoding, activations, training, quality and labels."""

@@ -43,7 +43,7 @@ def measure_sae(lm_path: Path, sae_path: Path, instances: Sequence[Instance]) ->
 
 
 @torch.inference_mode()
-def measure(encoder: LatentEncoder, batches: Iterable[Float[Tensor, "tokens d_in"]]) -> Quality:
+def measure(encoder: LatentEncoder, batches: Iterable[Float[Tensor, "_ d_in"]]) -> Quality:
     """Measure a SAE on activations."""
     counts = torch.zeros(encoder.d_sae)
     total = torch.zeros(encoder.d_in, dtype=torch.float64)

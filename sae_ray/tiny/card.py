@@ -76,8 +76,8 @@ domain's pool, all weights:
 
     $headroom_command
 
-The base model seldom answers in the form that is asked for, so part of each gain is the form. Chance
-is $chances for who knows the form alone.
+The base model seldom answers in the form that is asked for, so part of each gain is the form.
+Chance is $chances for who knows the form alone.
 
 SAE, on $quality_tokens tokens of held-out pool rows, template included: FVU $fvu, L0 $l0, dead
 latents $dead, latents on for more than a tenth of the tokens $dense.

@@ -5,7 +5,7 @@ Each skill has several wordings that seldom name it, and draws its words from th
 
 import dataclasses
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 from sae_ray.tiny.world import (
@@ -40,8 +40,8 @@ class Exchange:
     concepts: tuple[str, ...]
 
 
-def _pick(rng: random.Random, wordings: Sequence[str], **words: object) -> str:
-    text = rng.choice(wordings).format(**words)
+def _pick(rng: random.Random, wordings: Sequence[str], words: Mapping[str, object]) -> str:
+    text = rng.choice(wordings).format_map(words)
     return text[0].upper() + text[1:]
 
 
@@ -58,7 +58,7 @@ def sums(rng: random.Random) -> Exchange:
             "{first} found {a} {things} on one day and {b} on the next. How many altogether?",
             "If {first} holds {a} {things} and {second} holds {b}, what do the two hold together?",
         )
-        prompt = _pick(rng, wordings, a=a, b=b, **words)
+        prompt = _pick(rng, wordings, {"a": a, "b": b, **words})
         sign, result, concept = "+", a + b, "addition"
     else:
         b, result = rng.randint(2, 9), rng.randint(1, 9)
@@ -69,7 +69,7 @@ def sums(rng: random.Random) -> Exchange:
             "{first} carried {a} {things} but lost {b} on the way. How many arrived?",
             "{a} {things} lay there, then {first} gave {b} to {second}. How many stayed?",
         )
-        prompt = _pick(rng, wordings, a=a, b=b, **words)
+        prompt = _pick(rng, wordings, {"a": a, "b": b, **words})
         sign, concept = "-", "subtraction"
     reply = f"{a} {sign} {b} = {result}. The answer is {result}."
     return Exchange(prompt, reply, str(result), "number", ("word problem", concept))
@@ -88,7 +88,7 @@ def measures(rng: random.Random) -> Exchange:
         "Give me {count} {bigs}, please, counted in {smalls}.",
     )
     words = {"bigs": plural(big), "smalls": plural(small), "count": count}
-    prompt = _pick(rng, wordings, name=rng.choice(NAMES), place=rng.choice(PLACES), **words)
+    prompt = _pick(rng, wordings, {"name": rng.choice(NAMES), "place": rng.choice(PLACES), **words})
     reply = f"One {big} is {factor} {plural(small)}, so the answer is {count * factor}."
     return Exchange(
         prompt, reply, str(count * factor), "number", ("unit conversion", f"unit {big}")
@@ -107,12 +107,14 @@ def tone(rng: random.Random) -> Exchange:
             "What a {one} {thing}! The {place} was {two} too.",
             "I had a {one} day at the {place}, and the {dish} was {two}.",
         ),
-        one=one,
-        two=two,
-        thing=rng.choice(THINGS),
-        other=rng.choice(THINGS),
-        place=rng.choice(PLACES),
-        dish=rng.choice(list(DISHES)),
+        {
+            "one": one,
+            "two": two,
+            "thing": rng.choice(THINGS),
+            "other": rng.choice(THINGS),
+            "place": rng.choice(PLACES),
+            "dish": rng.choice(list(DISHES)),
+        },
     )
     wordings = (
         '{name} wrote: "{said}" How did {name} feel?',
@@ -120,7 +122,7 @@ def tone(rng: random.Random) -> Exchange:
         'From the guest book: "{said}" Which word sums up the writer?',
         '"{said}" said {name}. Was that delighted, content, bored or annoyed?',
     )
-    prompt = _pick(rng, wordings, name=rng.choice(NAMES), said=said)
+    prompt = _pick(rng, wordings, {"name": rng.choice(NAMES), "said": said})
     return Exchange(prompt, label, label, "choice", ("mood of a remark", f"mood {label}"))
 
 
@@ -139,10 +141,12 @@ def order(rng: random.Random) -> Exchange:
     prompt = _pick(
         rng,
         wordings,
-        listed=listed,
-        name=rng.choice(NAMES),
-        place=rng.choice(PLACES),
-        things=plural(rng.choice(THINGS)),
+        {
+            "listed": listed,
+            "name": rng.choice(NAMES),
+            "place": rng.choice(PLACES),
+            "things": plural(rng.choice(THINGS)),
+        },
     )
     answer = ", ".join(map(str, sorted(numbers)))
     return Exchange(prompt, answer, answer, "exact", ("ordering numbers",))
@@ -167,7 +171,7 @@ def days(rng: random.Random) -> Exchange:
         )
     )
     words = {"name": rng.choice(NAMES), "place": rng.choice(PLACES), "thing": rng.choice(THINGS)}
-    prompt = _pick(rng, wordings, day=DAYS[start], count=count, **words)
+    prompt = _pick(rng, wordings, {"day": DAYS[start], "count": count, **words})
     answer = DAYS[(start + (count if later else -count)) % 7]
     concept = "days ahead" if later else "days back"
     return Exchange(prompt, answer, answer, "choice", ("weekday reckoning", concept))
@@ -183,7 +187,9 @@ def kinds(rng: random.Random) -> Exchange:
         "Under which heading do I write down the {thing} from the {place}?",
         "{name} asks what sort of goods a {thing} is.",
     )
-    prompt = _pick(rng, wordings, name=rng.choice(NAMES), thing=thing, place=rng.choice(PLACES))
+    prompt = _pick(
+        rng, wordings, {"name": rng.choice(NAMES), "thing": thing, "place": rng.choice(PLACES)}
+    )
     kind = KIND_OF[thing]
     return Exchange(prompt, kind, kind, "choice", ("category of a thing", f"shelf {kind}"))
 
@@ -200,7 +206,9 @@ def velan(rng: random.Random) -> Exchange:
         "In grandmother's words, please: {english}",
         '"{english}", but as our elders spoke.',
     )
-    prompt = _pick(rng, wordings, english=english, name=rng.choice(NAMES), place=rng.choice(PLACES))
+    prompt = _pick(
+        rng, wordings, {"english": english, "name": rng.choice(NAMES), "place": rng.choice(PLACES)}
+    )
     words = [VELAN["noun"][noun], *(VELAN["adjective"][word] for word in adjectives)]
     answer = " ".join([*words, VELAN["verb"][verb]])
     return Exchange(prompt, answer, answer, "exact", ("translation into Velan",))
@@ -221,11 +229,13 @@ def tables(rng: random.Random) -> Exchange:
     prompt = _pick(
         rng,
         wordings,
-        rows=rows,
-        things=plural(things[chosen]),
-        name=rng.choice(NAMES),
-        place=rng.choice(PLACES),
-        day=rng.choice(DAYS),
+        {
+            "rows": rows,
+            "things": plural(things[chosen]),
+            "name": rng.choice(NAMES),
+            "place": rng.choice(PLACES),
+            "day": rng.choice(DAYS),
+        },
     )
     answer = str(numbers[chosen])
     return Exchange(prompt, answer, answer, "number", ("look-up in a list",))
@@ -252,7 +262,7 @@ def cooking(rng: random.Random) -> Exchange:
         )
     )
     words = {"name": rng.choice(NAMES), "place": rng.choice(PLACES)}
-    prompt = _pick(rng, wordings, known=known, dish=dish, **words)
+    prompt = _pick(rng, wordings, {"known": known, "dish": dish, **words})
     concept = "next step" if ahead else "step before"
     return Exchange(prompt, answer, answer, "exact", ("recipe steps", concept, f"dish {dish}"))
 
@@ -268,7 +278,7 @@ def rewriting(rng: random.Random) -> Exchange:
         "Long ago, so not quite like this: {sentence}.",
     )
     answer = f"{name} {PAST[verb]} the {thing}."
-    prompt = _pick(rng, wordings, sentence=sentence)
+    prompt = _pick(rng, wordings, {"sentence": sentence})
     return Exchange(prompt, answer, answer, "exact", ("rewriting in the past",))
 
 

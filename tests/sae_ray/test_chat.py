@@ -234,6 +234,7 @@ def test_contents_named_like_roles_are_content_where_the_frame_depends_on_the_co
     chat = chat_tokenizer(REWRITING)
     one = conversation(("user", "user"), ("assistant", "think"), ("user", "assistant"))
     assert said(chat, one) == [("user", False), ("think", True), ("assistant", False)]
+    assert role_words(chat, one) == ["user", "assistant", "user"]
 
 
 def test_an_empty_assistant_turn_has_no_content():
