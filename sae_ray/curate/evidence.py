@@ -27,7 +27,7 @@ class ProfileSettings:
     description_weight: float = 0.1
     """Weight of the description's own state beside the seeds' centroid; 0 never loads the model."""
     label_weight: float = 0.5
-    """Weight of a full match between description and a latent's label, in the top latent's units."""
+    """Weight of a full match of description and label, in units of the top latent's weight."""
     pseudo_weight: float = 0.5
     """What a pseudo-query counts for beside a kept row."""
     drop_weight: float = 0.5
@@ -77,6 +77,8 @@ def given_channels(
     pseudo_queries: IndexBlock | None,
     settings: ProfileSettings,
 ) -> list[Channel]:
+    """Return what a person or a model gave, a channel each."""
+
     def channel(name: str, block: IndexBlock | None, in_pool: bool, each: float) -> list[Channel]:
         if block is None or not len(block):
             return []
@@ -122,7 +124,7 @@ def direction_of(
     trusted: float,
     settings: ProfileSettings,
 ) -> Float32[np.ndarray, " r"]:
-    """unit(seeds) / (1 + trusted) ** 1.5 + unit(given) + own state - drop_weight * unit(dropped)."""
+    """Return unit(seeds) / (1 + trusted)^1.5 + unit(given) + own state - unit(dropped) / 2."""
     fade = (1 + trusted) ** -1.5
     total = np.zeros(space.basis.shape[1], dtype=np.float32)
     given = np.zeros_like(total)
@@ -142,6 +144,7 @@ def direction_of(
 
 
 def coherence_of(space: HiddenSpace, channels: list[Channel]) -> float:
+    """Return the mean cosine among weighted seeds."""
     if not channels:
         return 0.0
     x = np.concatenate([space.project(channel.block) for channel in channels])

@@ -12,14 +12,12 @@ from jaxtyping import Float32, Float64, Int64
 
 _WORD = re.compile(r"[^\W_]+")
 
-STOP_WORDS = frozenset(
-    (
-        "a an and any are as at be been but by can could did do does for from had has have how i if "
-        "in into is it its just me my no not of on or our so some such than that the their them "
-        "then there these they this to up us was we were what when where which while who whom why "
-        "will with would you your"
-    ).split(" ")
-)
+_STOP_TEXT = """
+a an and any are as at be been but by can could did do does for from had has have how i if in into
+is it its just me my no not of on or our so some such than that the their them then there these they
+this to up us was we were what when where which while who whom why will with would you your
+"""
+STOP_WORDS = frozenset(_STOP_TEXT.split())
 
 _SPELLINGS = (("ise", "ize"), ("isi", "izi"), ("isa", "iza"), ("yse", "yze"), ("our", "or"))
 

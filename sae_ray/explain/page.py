@@ -254,4 +254,7 @@ def _notices(index: FeatureIndex, outcome: "Outcome") -> list[Notice]:
                 "note", "Truncated rows", f"{truncated} rows are longer than what was read of them"
             )
         )
+    if near := outcome.selection.num_near_duplicates:
+        text = f"{near} were passed over, each nearly the same as one that was chosen"
+        notices.append(Notice("note", "Near-copies", text))
     return notices

@@ -77,7 +77,8 @@ def _latents(
         in_child = rng.random(len(mine)) < absorbed
         means[mine, parent] = np.where(in_child, 0, 1 + rng.random(len(mine)))
         means[mine[in_child], parent + 1] = 1 + rng.random(in_child.sum())
-        means[mine, parent + 2] = np.where(rng.random(len(mine)) < 0.8, 1 + rng.random(len(mine)), 0)
+        on = rng.random(len(mine)) < 0.8
+        means[mine, parent + 2] = np.where(on, 1 + rng.random(len(mine)), 0)
     return means
 
 
@@ -101,7 +102,10 @@ def _write(
         rows = np.arange(shard * size, (shard + 1) * size)
         table = _block(rows, means, hidden, n_tokens).to_table()
         messages = [
-            [{"role": r, "content": t} for r, t in zip(("user", "assistant"), texts[row], strict=True)]
+            [
+                {"role": role, "content": text}
+                for role, text in zip(("user", "assistant"), texts[row], strict=True)
+            ]
             for row in rows
         ]
         sink = pa.BufferOutputStream()
