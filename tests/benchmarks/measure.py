@@ -46,8 +46,8 @@ class Figure:
     def met(self) -> bool | None:
         """Say whether the target is met, or None without one."""
         if self.at_least is not None:
-            return self.value >= self.at_least
-        return None if self.at_most is None else self.value <= self.at_most
+            return bool(self.value >= self.at_least)
+        return None if self.at_most is None else bool(self.value <= self.at_most)
 
     @property
     def row(self) -> tuple[str, str, str, str]:
