@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from sae_ray.config import run_job
+from sae_ray.config import require_absolute_inside_ray_job, run_job
 from sae_ray.curate.index import FeatureIndex
 from sae_ray.curate.output import preview
 from sae_ray.curate.request import Request
@@ -24,12 +24,12 @@ class Config(IndexSettings):
     python jobs/quickstart.py --task "Plan a day by the clock" --name clock
     python jobs/quickstart.py --task "..." --pool chats.jsonl --lm ./model --sae ./sae --name mine
 
-    Everything lands under out/NAME; a second task over the same pool reuses its index.
+    Everything lands under out/NAME; a second task over the embedded pool reuses its index.
     """
 
     task: str = "Solve short maths word problems about everyday things"
     """What a model should get good at, in a sentence."""
-    name: str = Field(default="quickstart", pattern=r"^[\w.-]+$")
+    name: str = Field(default="quickstart", pattern=r"^(?!index$)\w[\w.-]*$")
     """Name of this run: letters, digits, dots, dashes and underscores."""
     budget_examples: int = Field(default=200, ge=1)
     """Rows to select."""
@@ -39,8 +39,9 @@ class Config(IndexSettings):
 
 def main(config: Config) -> None:
     """Read the pool, curate for one sentence, and show the first rows."""
-    folder = Path("out") / config.name
-    index = str(folder.parent / "index" if config.pool is None else folder / "index")
+    folder = Path(require_absolute_inside_ray_job("out")) / config.name
+    own = config.pool is not None or config.lm is not None
+    index = str(folder / "index" if own else folder.parent / "index")
 
     print("1. read the pool once through a model and its SAE")
     watch(ensure_index(config, index))

@@ -98,8 +98,11 @@ class Manifest(Run):
 
     @property
     def content_hash(self) -> str:
-        """Hash kind and files: equal for equal results, whenever and wherever they were made."""
-        files = {name: record.sha256 for name, record in self.files.items()}
+        """Hash kind and files: equal for equal results, whenever and wherever they were made.
+
+        Pages for people (.html) say when and where, and are left out.
+        """
+        files = {n: file.sha256 for n, file in self.files.items() if not n.endswith(".html")}
         return _digest({"kind": self.kind, "files": files})
 
 
@@ -110,8 +113,18 @@ def config_hash(config: Config) -> str:
 
 def begin(path: str, kind: str, config: Config, parents: Mapping[str, str] | None = None) -> State:
     """Claim a folder for one run, refusing one that holds anything else."""
+    state = inspect(path, kind, config, parents)
+    if state is State.NEW:
+        run = Run(kind=kind, config=dict(config), parents=dict(parents or {}))
+        write_atomically(f"{path}/{RUN}", _encode(run))
+    return state
+
+
+def inspect(
+    path: str, kind: str, config: Config, parents: Mapping[str, str] | None = None
+) -> State:
+    """Say what a folder holds of a run, refusing one that holds anything else; write nothing."""
     run = Run(kind=kind, config=dict(config), parents=dict(parents or {}))
-    fs, root = locate(path)
     finished = _read(Manifest, path, MANIFEST)
     found = finished or _read(Run, path, RUN)
     if found is not None:
@@ -127,7 +140,6 @@ def begin(path: str, kind: str, config: Config, parents: Mapping[str, str] | Non
             f"{path} holds files that are not an artifact's ({_some(foreign)}): "
             "give a folder that is empty or not there yet"
         )
-    write_atomically(f"{path}/{RUN}", _encode(run))
     return State.NEW
 
 

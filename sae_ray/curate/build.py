@@ -32,6 +32,7 @@ BACKGROUND_ROWS = 2048
 ON_QUANTILE = 0.8
 """A latent is on in a row if its mean is among the top fifth of the pool's."""
 _ROW_GROUP_ROWS = 256
+_SPLIT = ("_mean", "_peak", "_hidden", "_count")
 _MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 _REJECTED = pa.schema(
     [("row", pa.int64()), ("id", pa.string()), ("reason", pa.string()), ("excerpt", pa.string())]
@@ -99,8 +100,9 @@ def finish_index(path: str, num_shards: int, *, d_sae: int, max_rejected: float)
     parts = [part for i in range(num_shards) if (part := read_part(path, i)) is not None]
     assert len(parts) == num_shards, "an index is finished when every shard is written"
     unread = [Rejected(*row) for part in parts for row in part["rejected"]]
-    _refuse_bad_pool(unread, sum(part["num_rows"] for part in parts), max_rejected)
     duplicates = _duplicates(Shards(path, num_shards, d_sae))
+    num_read = sum(part["num_rows"] for part in parts)
+    _refuse_bad_pool(unread + duplicates, num_read - len(duplicates), max_rejected)
     shards = Shards(path, num_shards, d_sae, frozenset(one.row for one in duplicates))
     num_rows = sum(part["num_rows"] for part in parts) - len(duplicates)
     rejected = sorted(unread + duplicates, key=lambda one: one.row)
@@ -239,7 +241,7 @@ def _texts(shards: Shards) -> Iterator[tuple[str, str]]:
 
 def _parquet(table: pa.Table) -> bytes:
     """Encode a table: floats by byte, latents by difference; both halve what zstd leaves."""
-    split = [name for name in table.column_names if name.endswith(("_mean", "_peak", "_hidden"))]
+    split = [name for name in table.column_names if name.endswith(_SPLIT)]
     encoding = {f"{name}.list.element": "BYTE_STREAM_SPLIT" for name in split}
     if "latents" in table.column_names:
         encoding["latents.list.element"] = "DELTA_BINARY_PACKED"

@@ -100,7 +100,7 @@ class Shards:
         starts = dict(zip(groups, [0, *accumulate(self._sizes(ends, groups))], strict=False))
         before = {g: (ends[g - 1] if g else 0) for g in groups}
         where = [starts[g] + p - before[g] for p in positions for g in [bisect_right(ends, p)]]
-        return table.take(pa.array(where))
+        return table.take(pa.array(where, pa.int64()))
 
     @staticmethod
     def _sizes(ends: list[int], groups: list[int]) -> list[int]:
@@ -219,6 +219,8 @@ class FeatureIndex:
 
     def _take(self, rows: np.ndarray, columns: Sequence[str]) -> pa.Table:
         assert self._light.num_rows == self.num_rows
+        if not len(rows):
+            return self._shards.take(0, [], columns)
         shards = np.searchsorted(self._starts, rows, side="right") - 1
         order = np.argsort(shards, kind="stable")
         tables = [

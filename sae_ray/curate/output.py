@@ -50,7 +50,7 @@ class Reason:
 
     latent: int
     weight: float
-    """Its share of the row's score."""
+    """Its share of what the profile's latents add to the row's score."""
     label: str | None
     tokens: list[str]
     """Where it fired most, strongest first."""

@@ -22,7 +22,7 @@ class Request(BaseModel):
     drop: tuple[str, ...] = ()
     """Ids of rows of the pool that are wrong."""
     examples: str | None = None
-    """Conversations of the kind wanted, in any form that a pool may have."""
+    """Conversations of the kind wanted: Parquet or JSONL, in any form that a pool may have."""
     pseudo_queries: str | None = None
     """File of conversations that a capable model wrote from the task: prompts, or JSON lines."""
     pseudo_url: str | None = None

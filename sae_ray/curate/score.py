@@ -113,10 +113,16 @@ def contributions(
 ) -> list[list[tuple[int, float]]]:
     """Return the latents that earned each row its place, with their share of its latent score.
 
-    Of a group of near-duplicates the one that is strongest in the row speaks.
+    Of a group of near-duplicates the one that is strongest in the row speaks. Where none of the
+    profile's latents is on, as in a row that its words or its direction brought in, those that are
+    above zero speak.
     """
     lookup = _lookup(profile, on_threshold)
-    rows, latents, means = _entries(block, lookup)
+    rows, latents, means = _entries(block, lookup, only_on=False)
+    on = means > lookup.thresholds[latents]
+    has_some = np.bincount(rows, on, minlength=len(block)) > 0
+    speaks = on | ~has_some[rows]
+    rows, latents, means = rows[speaks], latents[speaks], means[speaks]
     groups = lookup.group[latents]
     order = np.lexsort((latents, -means, groups, rows))
     first = np.ones(len(order), dtype=bool)

@@ -6,6 +6,7 @@ not at all, so that a slice whose worker died is simply scored again, and a run 
 on with the shards that are missing.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -21,13 +22,13 @@ from ray.data import ActorPoolStrategy
 from ray.exceptions import RayError
 
 from sae_ray import errors
-from sae_ray.artifacts import State, begin, hash_file, is_finished
+from sae_ray.artifacts import State, begin, hash_file, is_finished, open_artifact
 from sae_ray.curate.build import finish_index, read_part, write_shard
-from sae_ray.curate.index import KIND
+from sae_ray.curate.index import FEATURES_ONLY, KIND
 from sae_ray.curate.scorer import LatentScorer, ScorerConfig, check_pair
 from sae_ray.curate.settings import IndexSettings
 from sae_ray.distributed.runtime import WORKER_ENV, Workers, cluster, plan_workers
-from sae_ray.errors import SaeRayError
+from sae_ray.errors import ArtifactError, ConfigError, PoolError, SaeRayError
 from sae_ray.pool import Plan, Slice, plan
 
 logger = logging.getLogger(__name__)
@@ -89,8 +90,13 @@ def build_index(settings: IndexSettings, path: str) -> Iterator[Progress]:
         staging=f"{path}/.staging",
     )
     keep = [name for name in settings.keep_columns if name in pieces.columns]
+    if reserved := sorted({*FEATURES_ONLY, "messages"} & set(keep)):
+        raise ConfigError(
+            f"keep_columns={reserved[0]!r} is a column of the index itself: name others, or rename "
+            "that column of the pool"
+        )
     recorded: dict[str, JsonValue] = {
-        **dataclasses.asdict(config),
+        **{k: v for k, v in dataclasses.asdict(config).items() if k != "check_fit"},
         "pool": settings.pool_source,
         "rows_per_shard": settings.rows_per_shard,
         "keep_columns": list(keep),
@@ -117,9 +123,25 @@ def build_index(settings: IndexSettings, path: str) -> Iterator[Progress]:
 
 def ensure_index(settings: IndexSettings, path: str) -> Iterator[Progress]:
     """Build an index where there is none; one that is there must be of what was asked for."""
-    asked = settings.pool is not None or settings.lm is not None
-    if asked or not is_finished(path, KIND):
+    if not is_finished(path, KIND):
         yield from build_index(settings, path)
+        return
+    manifest = open_artifact(path, KIND)
+    said = settings.model_dump(mode="json", include=settings.model_fields_set)
+    differences = [
+        f"{name}: {manifest.config[name]!r} there, {value!r} here"
+        for name, value in said.items()
+        if name in manifest.config and value is not None and value != manifest.config[name]
+    ]
+    if settings.pool is not None:
+        with contextlib.suppress(PoolError):  # a finished index needs its pool no more
+            if plan(settings.pool).fingerprint != manifest.parents["pool"]:
+                differences.append("the pool's contents have changed")
+    if differences:
+        raise ArtifactError(
+            f"{path} holds an index made otherwise ({'; '.join(differences)}): give another "
+            "--index, or leave these settings out"
+        )
 
 
 def fingerprint(source: str) -> str:

@@ -8,6 +8,8 @@ point, reads only the description and the rows that are shown.
 """
 
 import dataclasses
+import hashlib
+import json
 import logging
 import os
 from collections.abc import Collection, Mapping
@@ -18,7 +20,16 @@ from pathlib import Path
 import numpy as np
 from pydantic import JsonValue
 
-from sae_ray.artifacts import Manifest, State, begin, finish, open_artifact, write_atomically
+from sae_ray.artifacts import (
+    Manifest,
+    State,
+    begin,
+    finish,
+    hash_file,
+    inspect,
+    open_artifact,
+    write_atomically,
+)
 from sae_ray.chat import Conversation
 from sae_ray.curate.block import IndexBlock
 from sae_ray.curate.duplicates import contaminated
@@ -34,7 +45,7 @@ from sae_ray.curate.refine import rows_to_show
 from sae_ray.curate.request import Request
 from sae_ray.curate.score import Scores, contributions, score_pool
 from sae_ray.curate.select import Quota, Selection, candidates_needed, select
-from sae_ray.errors import ConfigError, ModelError
+from sae_ray.errors import ConfigError, ModelError, PoolError
 from sae_ray.explain.page import fill_page
 from sae_ray.explain.report import render
 from sae_ray.pool import plan, read
@@ -52,6 +63,7 @@ class Outcome:
     profile: Profile
     selection: Selection
     scores: Scores
+    budget_examples: int
     contaminated: dict[str, list[str]]
     """Evaluation source -> ids of selected rows that share a 13-gram with it."""
     pseudo_queries: list[Conversation]
@@ -64,6 +76,12 @@ class Outcome:
             found.append(
                 f"scores go with length (rank correlation {self.scores.length_correlation:.2f}): "
                 "look whether the task does"
+            )
+        missing = self.budget_examples - len(self.selection.rows)
+        if missing > 0:
+            found.append(
+                f"{missing} of {self.budget_examples} rows are missing: among the best candidates "
+                "the others nearly copy a chosen row, pass the quota or do not fit budget_tokens"
             )
         for source, ids in self.contaminated.items():
             if ids:
@@ -117,8 +135,14 @@ class Curator:
             selector=request.selector,
             quota=self._quota(request),
         )
+        if not len(selection.rows):
+            raise ConfigError(
+                f"budget_tokens={request.budget_tokens} holds no row: the best has "
+                f"{int(self.index.n_tokens[scores.order(1)].sum())} tokens; raise it"
+            )
         leaks = self._contaminated(request, selection)
-        return Outcome(profile, selection, scores, leaks, pseudo_queries)
+        budget = request.budget_examples
+        return Outcome(profile, selection, scores, budget, leaks, pseudo_queries)
 
     def curate(self, request: Request, path: str) -> Manifest:
         """Answer a request into a folder, unless that is done.
@@ -127,10 +151,12 @@ class Curator:
             TaskError, ConfigError: the request cannot be answered.
             ArtifactError: the folder holds something else, or the disk is full.
         """
-        parents = {"index": self.index.manifest.content_hash}
-        if begin(path, KIND, request.model_dump(mode="json"), parents) is State.FINISHED:
+        asked, parents = request.model_dump(mode="json"), self._parents(request)
+        if inspect(path, KIND, asked, parents) is State.FINISHED:
             return open_artifact(path, KIND)
         outcome = self.answer(request)
+        # Claimed only now: a request that is refused leaves its folder to the one put right.
+        begin(path, KIND, asked, parents)
         rows = self._explained(outcome)
         write_selection(path, rows)
         write_atomically(f"{path}/profile.json", outcome.profile.to_json().encode())
@@ -144,6 +170,7 @@ class Curator:
         counts: dict[str, JsonValue] = {
             "num_rows": len(rows),
             "num_tokens": int(outcome.selection.n_tokens.sum()),
+            "num_rejected": self.index.manifest.extra["num_rejected"],
             "abstained": outcome.profile.abstained,
             "num_near_duplicates": outcome.selection.num_near_duplicates,
             "contaminated": {name: len(ids) for name, ids in outcome.contaminated.items()},
@@ -157,6 +184,18 @@ class Curator:
         reasons = contributions(block, outcome.profile, self.index.stats.on_threshold)
         scores = outcome.scores.total[rows].tolist()
         return explain_rows(self.index, rows.tolist(), scores, reasons, self.labels)
+
+    def _parents(self, request: Request) -> dict[str, str]:
+        """Return hashes of all that the answer is made from."""
+        named = {"examples": request.examples, "pseudo_queries": request.pseudo_queries}
+        named |= {f"evaluation {one}": one for one in request.evaluation}
+        files = {n: hash_file(p).sha256 for n, p in named.items() if p and Path(p).is_file()}
+        labels = json.dumps(sorted(self.labels.items())).encode()
+        return {
+            "index": self.index.manifest.content_hash,
+            "labels": hashlib.sha256(labels).hexdigest(),
+            **files,
+        }
 
     def _explained(self, outcome: Outcome) -> list[SelectedRow]:
         chosen = outcome.selection
@@ -195,10 +234,16 @@ class Curator:
 
 
 def _conversations(source: str | None) -> list[Conversation]:
-    """Read a source in any form that a pool may have."""
+    """Read Parquet or JSONL in any form that a pool may have; every row must be readable."""
     if source is None:
         return []
-    return [one for piece in plan(source).slices for one in read(piece).conversations]
+    pieces = [read(piece) for piece in plan(source).slices]
+    if rejected := [one for piece in pieces for one in piece.rejected]:
+        raise PoolError(
+            f"{source}: {len(rejected)} rows cannot be read, the first being row {rejected[0].row} "
+            f"({rejected[0].reason}): every row of such a file counts; mend or remove them"
+        )
+    return [one for piece in pieces for one in piece.conversations]
 
 
 def _pseudo_queries(request: Request) -> list[Conversation]:

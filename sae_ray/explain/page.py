@@ -175,7 +175,7 @@ def fill_page(
         prompt_tokens=histogram(index.n_tokens[:, 0], chosen, log=True),
         response_tokens=histogram(index.n_tokens[:, 1], chosen, log=True),
         refine=Refine(
-            settings=_next_settings(index, request),
+            settings=_next_settings(index, request, path),
             out=_next_path(path),
             candidates=[
                 Candidate(row, "top" if i < NUM_TOP else "undecided")
@@ -202,7 +202,7 @@ def _budget(request: Request) -> str:
     return text + (f", {request.budget_tokens:,} tokens" if request.budget_tokens else "")
 
 
-def _next_settings(index: FeatureIndex, request: Request) -> dict[str, str]:
+def _next_settings(index: FeatureIndex, request: Request, path: str) -> dict[str, str]:
     """Return the flags that make the same request again."""
     flags = {"task": request.task, "index": index.path}
     flags["budget_examples"] = str(request.budget_examples)
@@ -210,14 +210,14 @@ def _next_settings(index: FeatureIndex, request: Request) -> dict[str, str]:
         "budget_tokens",
         "examples",
         "pseudo_queries",
-        "pseudo_url",
-        "pseudo_model",
         "quota",
         "quota_column",
     ):
         value = getattr(request, name)
         if value is not None:
             flags[name] = str(value)
+    if request.pseudo_url is not None:  # what it wrote this time, rather than something else
+        flags["pseudo_queries"] = f"{path}/pseudo_queries.jsonl"
     if request.scorer != "fused":
         flags["scorer"] = request.scorer
     if request.selector != "greedy":

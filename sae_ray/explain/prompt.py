@@ -40,6 +40,8 @@ def refine(
         if reply in ("w", "q"):
             return request if reply == "w" else None
         judged = {"+": list(request.keep), "-": list(request.drop)}
+        if reply and not _JUDGED.search(reply):
+            say(f"{reply!r} judges nothing: write +3 to keep row 3, -3 to drop it")
         for sign, number in _JUDGED.findall(reply):
             if 1 <= int(number) <= len(rows):
                 judged[sign].append(rows[int(number) - 1].conversation.id)

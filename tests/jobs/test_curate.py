@@ -143,6 +143,43 @@ def test_nonsense_is_answered_in_one_line(
     assert error.startswith("error: ")
     assert error.count("\n") == 1
     assert says in error
+    # A refused request leaves its folder to the one put right.
+    assert run(world, tmp_path / "out") == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--max_tokens=64"], "max_tokens: 2048 there, 64 here"),
+        (["--dtype=bfloat16"], "dtype"),
+        (["--budget_tokens=1"], "holds no row"),
+    ],
+)
+def test_no_setting_is_ignored(
+    world: dict[str, str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    flags: list[str],
+    says: str,
+) -> None:
+    assert run(world, tmp_path / "out", *flags) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_examples_count_and_a_broken_one_is_not_passed_over(
+    world: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    examples = tmp_path / "examples.jsonl"
+    rivers = [{"prompt": "river water bridge boat", "response": "rain"}] * 3
+    examples.write_text("".join(json.dumps(one) + "\n" for one in rivers))
+    assert run(world, tmp_path / "one", f"--examples={examples}", "--task=Zzyzx") == 0
+    chosen = pq.read_table(tmp_path / "one/selection.parquet").to_pylist()
+    assert sum("river" in str(row["messages"]) for row in chosen) >= 9
+    # The same command over another file is another request.
+    examples.write_text(examples.read_text() + "{broken\n")
+    assert run(world, tmp_path / "one", f"--examples={examples}", "--task=Zzyzx") == 2
+    assert run(world, tmp_path / "two", f"--examples={examples}") == 2
+    assert "1 rows cannot be read" in capsys.readouterr().err
 
 
 def test_a_task_that_finds_nothing_abstains_and_still_ranks(
