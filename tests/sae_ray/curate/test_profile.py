@@ -37,17 +37,11 @@ def test_the_heaviest_latents_are_those_planted(profile: Profile) -> None:
     assert profile.latents[0].evidence["lexical"] > 3
 
 
-def test_a_child_that_absorbs_its_parent_counts_as_the_parent(absorbed: Planted) -> None:
+def test_a_child_that_absorbs_its_parent_is_in_its_group(absorbed: Planted) -> None:
     parent = PARENTS["baking"]
     grouped = build_profile(TASK, absorbed.index, settings=WORDS_ALONE, decoder=absorbed.decoder)
-    alone = build_profile(TASK, absorbed.index, settings=WORDS_ALONE)
     group = {one.latent: one.group for one in grouped.latents}
     assert group[parent] == group[parent + 1] != group[parent + 2]
-    found = {
-        name: absorbed.recall("baking", score_pool(absorbed.index, profile, "latents").total)
-        for name, profile in (("grouped", grouped), ("alone", alone))
-    }
-    assert found["grouped"] > found["alone"] >= 0.3
 
 
 def test_another_tasks_profile_finds_nothing(planted: Planted, profile: Profile) -> None:
