@@ -29,7 +29,7 @@ class Config(IndexSettings):
 
     task: str = "Solve short maths word problems about everyday things"
     """What a model should get good at, in a sentence."""
-    name: str = Field(default="quickstart", pattern=r"^(?!index$)\w[\w.-]*$")
+    name: str = Field(default="quickstart", pattern=r"^\w[\w.-]*$")
     """Name of this run: letters, digits, dots, dashes and underscores."""
     budget_examples: int = Field(default=200, ge=1)
     """Rows to select."""
@@ -41,7 +41,7 @@ def main(config: Config) -> None:
     """Read the pool, curate for one sentence, and show the first rows."""
     folder = Path(require_absolute_inside_ray_job("out")) / config.name
     own = config.pool is not None or config.lm is not None
-    index = str(folder / "index" if own else folder.parent / "index")
+    index = str(folder / "index" if own else folder.parent / "embedded-index")
 
     print("1. read the pool once through a model and its SAE")
     watch(ensure_index(config, index))

@@ -9,7 +9,7 @@ Instruction Tuning". MONA, "Task-Specific Data Selection via Monosemantic Neuron
 """
 
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -84,7 +84,7 @@ def rm3_scores(
     """
     terms = query_terms(text)
     seeds = strongest(index.lexical_scores(text), num_documents, 1.0)
-    model: Counter[str] = Counter()
+    model: defaultdict[str, float] = defaultdict(float)
     for one, share in zip(index.conversations(seeds.rows), seeds.weights, strict=True):
         words = [w for w in _WORD.findall(one.text().lower()) if w not in STOP_WORDS]
         for word, count in Counter(words).items():
@@ -102,7 +102,10 @@ class DenseText:
 
     def __init__(self, texts: Iterable[str], *, dimensions: int = 192, seed: int = 0) -> None:
         self._tfidf = TfidfVectorizer(
-            stop_words="english", sublinear_tf=True, max_features=50_000, dtype=np.float32
+            stop_words="english",
+            sublinear_tf=True,
+            max_features=50_000,
+            dtype=np.float32,  # pyright: ignore[reportArgumentType]
         )
         sparse = self._tfidf.fit_transform(texts)
         dimensions = min(dimensions, min(sparse.shape) - 1)

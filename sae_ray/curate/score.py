@@ -202,7 +202,7 @@ class _Best:
         lengths = np.concatenate([one for _, one in self.sample])
         if len(scores) < 3 or scores.std() == 0 or lengths.std() == 0:
             return 0.0
-        return float(spearmanr(scores, lengths).statistic)
+        return float(spearmanr(scores, lengths)[0])  # pyright: ignore[reportArgumentType]
 
     def _prune(self) -> None:
         joined = IndexBlock.concatenate(self.blocks)

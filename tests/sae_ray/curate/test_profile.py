@@ -187,10 +187,9 @@ def test_log_odds_grow_with_the_evidence_and_vanish_without(planted: Planted) ->
     rate = np.asarray(on.mean(axis=0), dtype=np.float64).ravel()
     everything = np.full(len(index.background), 1 / len(index.background))
     assert np.abs(log_odds(on, everything, 1000.0, rate)).max() < 0.2
-    seeds = rows_on(
-        index.take(np.flatnonzero(planted.relevant("baking"))), index.stats.on_threshold
-    )
-    even = np.full(seeds.shape[0], 1 / seeds.shape[0])
+    right = np.flatnonzero(planted.relevant("baking"))
+    seeds = rows_on(index.take(right), index.stats.on_threshold)
+    even = np.full(len(right), 1 / len(right))
     few, many = (log_odds(seeds, even, mass, rate)[PARENTS["baking"]] for mass in (2.0, 50.0))
     assert 0 < few < many
 
