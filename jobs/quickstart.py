@@ -21,13 +21,13 @@ class Config(IndexSettings):
     """The whole service on one laptop: from a sentence to a selection, and the page about it.
 
     python jobs/quickstart.py
-    python jobs/quickstart.py --task "Plan a day by the clock" --name clock
+    python jobs/quickstart.py --task "Say which cooking step comes next in a recipe" --name cooking
     python jobs/quickstart.py --task "..." --pool chats.jsonl --lm ./model --sae ./sae --name mine
 
     Everything lands under out/NAME; a second task over the embedded pool reuses its index.
     """
 
-    task: str = "Solve short maths word problems about everyday things"
+    task: str = "Put numbers in order from small to large"
     """What a model should get good at, in a sentence."""
     name: str = Field(default="quickstart", pattern=r"^\w[\w.-]*$")
     """Name of this run: letters, digits, dots, dashes and underscores."""

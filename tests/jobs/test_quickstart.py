@@ -19,7 +19,7 @@ def test_the_embedded_default_goes_from_a_sentence_to_a_page(
     assert Path("out/quickstart/selection/report.html").stat().st_size > 20_000
     # A second task reads the same index, and costs no pass over the pool.
     before = os.stat("out/embedded-index/manifest.json").st_mtime_ns
-    line += ["--task=Put numbers in order", "--name=order"]
+    line += ["--task=Say which day it will be", "--name=days"]
     assert run_job(quickstart.main, quickstart.Config, line) == 0
     assert os.stat("out/embedded-index/manifest.json").st_mtime_ns == before
 
