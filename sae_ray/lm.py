@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from sae_ray import attention
 from sae_ray.errors import ModelError
 
 Site = Literal["resid_pre", "resid_post", "mlp_out", "attn_out", "z"]
@@ -141,7 +142,7 @@ class LanguageModel:
                     dtype=getattr(torch, dtype),
                     use_safetensors=True,
                     trust_remote_code=False,
-                    attn_implementation=_attention(config),
+                    attn_implementation=_attention(config, dtype, torch.device(device)),
                     output_loading_info=True,
                     key_mapping=_TEXT_PART,
                     ignore_mismatched_sizes=True,  # so that they are counted, and refused below
@@ -261,9 +262,11 @@ def keep_layers(config: PretrainedConfig, num_layers: int) -> None:
         config.layer_types = config.layer_types[:num_layers]
 
 
-def _attention(config: PretrainedConfig) -> str:
-    """Choose transformers' attention: the fused one cannot cap its logits, as Gemma 2 does."""
-    return "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"
+def _attention(config: PretrainedConfig, dtype: DTypeName, device: torch.device) -> str:
+    """Choose an attention: only the eager one can cap its logits, as Gemma 2 does."""
+    if getattr(config, "attn_logit_softcapping", None):
+        return "eager"
+    return attention.register() if (device.type, dtype) == ("cpu", "bfloat16") else "sdpa"
 
 
 def width_at(config: PretrainedConfig, hook_point: HookPoint) -> int:

@@ -112,31 +112,34 @@ class Contest:
 
 
 def tune(contest: Contest, rows: int) -> tuple[list[Entry], dict[str, float]]:
-    """Try the plain way's settings on a part of the sample.
+    """Search the plain way's settings on a part of the sample, one after the other.
+
+    First the batch, in each precision and order; then, at the best batch, processes and allocator.
 
     Returns the best of each precision, order and number of processes; and all rates.
     """
     rates: dict[Entry, float] = {}
-    for dtype, malloc in product(DTYPES, (False, True)):
-        tried = [
-            Entry("plain", dtype, processes, threads, batch, length_sorted, malloc)
-            for processes, threads in ((1, 1), (1, 2), (2, 1))
-            for batch in PLAIN_BATCHES
-            for length_sorted in (True, False)
-        ]
-        contest.start(tried)
-        for i, entry in enumerate(tried):
-            if i % len(PLAIN_BATCHES) == 0:
+
+    def best_of(entries: list[Entry]) -> Entry:
+        contest.start(entries)
+        for entry in entries:
+            if entry not in rates:
                 contest.run(entry, min(rows, 64))  # the first call is slow
-            rates[entry] = rows / contest.run(entry, rows)[0]
-        log(f"tried the plain way in {dtype}, malloc set: {malloc}")
-    best: dict[tuple, Entry] = {}
-    for entry, rate in rates.items():
-        kind = entry.dtype, entry.length_sorted, entry.processes
-        if kind not in best or rate > rates[best[kind]]:
-            best[kind] = entry
-    ordered = sorted(best.values(), key=lambda entry: -rates[entry])
-    return ordered, {entry.name: rate for entry, rate in rates.items()}
+                rates[entry] = rows / contest.run(entry, rows)[0]
+        return max(entries, key=rates.__getitem__)
+
+    best: list[Entry] = []
+    for dtype, length_sorted in product(DTYPES, (True, False)):
+        entry = best_of(
+            [Entry("plain", dtype, 1, 2, batch, length_sorted) for batch in PLAIN_BATCHES]
+        )
+        best.append(best_of([entry, dataclasses.replace(entry, malloc=False)]))
+        if length_sorted:
+            best.append(dataclasses.replace(best[-1], processes=2, threads=1))
+            best_of([best[-1]])
+        log(f"tried the plain way in {dtype}, sorted by length: {length_sorted}")
+    best.sort(key=lambda entry: -rates[entry])
+    return best, {entry.name: rate for entry, rate in rates.items()}
 
 
 def compete(
@@ -168,8 +171,8 @@ def choose(best: list[Entry], batch_tokens: int) -> dict[str, Entry]:
     bf16 = next(e for e in single if e.length_sorted and e.dtype == "bfloat16")
     return {
         "plain, fp32": next(e for e in single if e.length_sorted and e.dtype == "float32"),
-        "plain, bf16": dataclasses.replace(bf16, malloc=True),
-        "plain, bf16, malloc not set": dataclasses.replace(bf16, malloc=False),
+        "plain, bf16": bf16,
+        "plain, bf16, other malloc": dataclasses.replace(bf16, malloc=not bf16.malloc),
         "plain, 2 processes": next(e for e in best if e.length_sorted and e.processes == 2),
         "plain, file order": next(e for e in single if not e.length_sorted),
         "ours, bf16": Entry("ours", "bfloat16", 2, 1, batch_tokens),

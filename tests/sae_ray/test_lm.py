@@ -119,11 +119,12 @@ def test_rows_of_a_padded_batch_are_what_they_are_alone(any_tiny_lm):
         torch.testing.assert_close(row[:length], alone, rtol=1e-4, atol=1e-5)
 
 
-def test_a_sliding_window_is_kept_and_a_layer_keeps_its_own_kind(tiny_lm_of):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_sliding_window_is_kept_and_a_layer_keeps_its_own_kind(tiny_lm_of, dtype):
     """Gemma 3 slides in three layers and sees everything in the fourth; Mistral always slides."""
     for family, layer, reach in (("mistral", 0, 16), ("gemma3", 0, 16), ("gemma3", 3, 40)):
         point = HookPoint(layer, "z")
-        lm = LanguageModel.load(tiny_lm_of(family), [point])
+        lm = LanguageModel.load(tiny_lm_of(family), [point], dtype=dtype)
         if family == "gemma3" and layer == 3:
             other_first, far = 0, 1e-6
         else:
@@ -218,10 +219,11 @@ def test_the_text_part_of_a_model_that_sees_reads_like_the_text_model(tiny_lm_of
 
 
 def test_bfloat16_agrees_with_float32_to_its_precision(any_tiny_lm):
+    ids = IDS.repeat(1, 5)  # several blocks of queries
     point = HookPoint(1, "resid_post")
-    exact = LanguageModel.load(any_tiny_lm, [point]).read(IDS)[point]
+    exact = LanguageModel.load(any_tiny_lm, [point]).read(ids)[point]
     lm = LanguageModel.load(any_tiny_lm, [point], dtype="bfloat16")
-    read = lm.read(IDS)[point]
+    read = lm.read(ids)[point]
     assert read.dtype == torch.bfloat16
     assert (read.float() - exact).norm() / exact.norm() < 0.02
 
