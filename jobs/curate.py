@@ -2,8 +2,8 @@
 """From one sentence to the conversations that teach it, with the reason for every row."""
 
 import sys
-from typing import ClassVar
 
+from sae_ray.artifacts import require_empty
 from sae_ray.config import OutputPath, run_job
 from sae_ray.curate.index import FeatureIndex
 from sae_ray.curate.request import Request
@@ -35,21 +35,25 @@ class Config(IndexSettings, Request):
     interactive: bool = False
     """Keep the process and go on judging rows at a prompt."""
 
-    incidental: ClassVar[frozenset[str]] = IndexSettings.incidental | {"strict", "interactive"}
-
 
 def main(config: Config) -> int:
     """Index the pool if need be, curate, and say where the result is."""
     path = config.index or f"{config.out.rstrip('/')}-index"
     watch(ensure_index(config, path))
-    curator = Curator(FeatureIndex(path), config.labels)
+    curator = Curator(FeatureIndex(path, config.lm, config.sae), config.labels)
     request = Request.model_validate(config.model_dump(include=set(Request.model_fields)))
-    if config.interactive and (request := refine(curator, request, input, print)) is None:
-        return 0
+    if config.interactive:
+        require_empty(config.out)
+        if (request := refine(curator, request, input, print)) is None:
+            return 0
     manifest = curator.curate(request, config.out)
     for warning in manifest.warnings:
         print(f"warning: {warning}")
-    print(f"{config.out}: {manifest.extra['num_rows']} rows; read {config.out}/report.html")
+    counts = manifest.extra
+    print(
+        f"{config.out}: {counts['num_rows']:,} rows ({counts['num_rejected']:,} of the pool "
+        f"rejected); read {config.out}/report.html"
+    )
     return 3 if config.strict and manifest.extra["abstained"] else 0
 
 

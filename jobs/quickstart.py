@@ -3,7 +3,6 @@
 
 import sys
 from pathlib import Path
-from typing import ClassVar
 
 from pydantic import Field
 
@@ -34,8 +33,6 @@ class Config(IndexSettings):
     budget_examples: int = Field(default=200, ge=1)
     """Rows to select."""
 
-    incidental: ClassVar[frozenset[str]] = IndexSettings.incidental | {"name"}
-
 
 def main(config: Config) -> None:
     """Read the pool, curate for one sentence, and show the first rows."""
@@ -49,7 +46,7 @@ def main(config: Config) -> None:
     print(f"2. curate for: {config.task}")
     selection = str(folder / "selection")
     request = Request(task=config.task, budget_examples=config.budget_examples)
-    manifest = Curator(FeatureIndex(index)).curate(request, selection)
+    manifest = Curator(FeatureIndex(index, config.lm, config.sae)).curate(request, selection)
     for warning in manifest.warnings:
         print(f"   {warning}")
 

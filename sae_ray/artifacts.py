@@ -14,13 +14,10 @@ This module does not know what is in the files.
 
 import contextlib
 import enum
-import errno
 import hashlib
 import json
-import os
 import platform
-import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -31,6 +28,7 @@ from fsspec.implementations.local import LocalFileSystem
 from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 
 from sae_ray.errors import ArtifactError
+from sae_ray.storage import explain_storage, write_local
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
@@ -60,6 +58,17 @@ class FileRecord(BaseModel):
     bytes: int
 
 
+class Source(BaseModel):
+    """Where a parent lay: told, and never compared; what it held is."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    """Path, URL or published name."""
+    stamp: str | None = None
+    """Changes whenever its files may have, so that unchanged ones need no reading."""
+
+
 class Run(BaseModel):
     """What a folder is made from: its kind, the settings and the artifacts it was made of."""
 
@@ -69,19 +78,26 @@ class Run(BaseModel):
     config: dict[str, JsonValue]
     parents: dict[str, str]
     """Content hashes of the artifacts this one was made from, by their role."""
+    sources: dict[str, Source] = {}
+    """Where they lay, by their role."""
 
-    def differences(self, other: "Run") -> list[str]:
-        """Name each setting and parent that two runs do not share."""
+    def differences(self, other: "Run", *, so_far: bool = False) -> list[str]:
+        """Name each setting and parent that two runs do not share; `so_far` those known here."""
         mine, theirs = self._flat(), other._flat()
         return [
-            f"{name}: {theirs.get(name)!r} there, {mine.get(name)!r} here"
-            for name in sorted(mine.keys() | theirs.keys())
+            f"{name}: {other._shown(name)} there, {self._shown(name)} here"
+            for name in sorted(mine.keys() if so_far else mine.keys() | theirs.keys())
             if mine.get(name) != theirs.get(name)
         ]
 
     def _flat(self) -> dict[str, JsonValue]:
         parents = {f"parent {role}": value for role, value in self.parents.items()}
         return {"kind": self.kind, **self.config, **parents}
+
+    def _shown(self, name: str) -> str:
+        source = self.sources.get(name.removeprefix("parent "))
+        value = self._flat().get(name)
+        return f"{source.name} ({str(value)[:12]})" if source else repr(value)
 
 
 class Manifest(Run):
@@ -111,36 +127,53 @@ def config_hash(config: Config) -> str:
     return _digest(config)[:16]
 
 
-def begin(path: str, kind: str, config: Config, parents: Mapping[str, str] | None = None) -> State:
+def begin(
+    path: str,
+    kind: str,
+    config: Config,
+    parents: Mapping[str, str] | None = None,
+    sources: Mapping[str, Source] | None = None,
+) -> State:
     """Claim a folder for one run, refusing one that holds anything else."""
-    state = inspect(path, kind, config, parents)
+    state = inspect(path, kind, config, parents, sources)
     if state is State.NEW:
-        run = Run(kind=kind, config=dict(config), parents=dict(parents or {}))
-        write_atomically(f"{path}/{RUN}", _encode(run))
+        write_atomically(f"{path}/{RUN}", _encode(_run(kind, config, parents, sources)))
     return state
 
 
 def inspect(
-    path: str, kind: str, config: Config, parents: Mapping[str, str] | None = None
+    path: str,
+    kind: str,
+    config: Config,
+    parents: Mapping[str, str] | None = None,
+    sources: Mapping[str, Source] | None = None,
+    *,
+    so_far: bool = False,
 ) -> State:
-    """Say what a folder holds of a run, refusing one that holds anything else; write nothing."""
-    run = Run(kind=kind, config=dict(config), parents=dict(parents or {}))
+    """Say what a folder holds of a run, refusing one that holds anything else; write nothing.
+
+    `so_far` means that config and parents are not all known yet: only these are compared.
+    """
+    run = _run(kind, config, parents, sources)
     finished = _read(Manifest, path, MANIFEST)
     found = finished or _read(Run, path, RUN)
     if found is not None:
-        if differences := run.differences(found):
+        if differences := run.differences(found, so_far=so_far):
             state = "a finished" if finished else "an interrupted"
             raise ArtifactError(
                 f"{path} holds {state} {found.kind} of another run ({'; '.join(differences)}): "
                 "give another output folder, or delete this one"
             )
         return State.FINISHED if finished else State.INTERRUPTED
-    if foreign := sorted(_list(path)):
-        raise ArtifactError(
-            f"{path} holds files that are not an artifact's ({_some(foreign)}): "
-            "give a folder that is empty or not there yet"
-        )
+    _require_own(path)
     return State.NEW
+
+
+def require_empty(path: str) -> None:
+    """Refuse a folder that holds anything, before work whose settings are still to be found."""
+    if found := _read(Manifest, path, MANIFEST) or _read(Run, path, RUN):
+        raise ArtifactError(f"{path} holds a {found.kind} already: give another output folder")
+    _require_own(path)
 
 
 def finish(
@@ -167,6 +200,7 @@ def finish(
         kind=run.kind,
         config=run.config,
         parents=run.parents,
+        sources=run.sources,
         schema_version=SCHEMA_VERSION,
         config_hash=config_hash(run.config),
         files=files,
@@ -227,9 +261,9 @@ def content_hash(path: str, kind: str) -> str:
 def write_atomically(path: str, content: bytes) -> FileRecord:
     """Write one file so that a reader finds all of it or none, and return its record."""
     fs, target = locate(path)
-    with explain_full_disk(path):
+    with explain_storage(path):
         if isinstance(fs, LocalFileSystem):
-            _write_local(Path(target), content)
+            write_local(Path(target), content)
         else:
             # One put: object stores show an object when it is whole.
             fs.pipe_file(target, content)
@@ -239,7 +273,8 @@ def write_atomically(path: str, content: bytes) -> FileRecord:
 def read_file(path: str) -> bytes:
     """Return the content of one file."""
     fs, target = locate(path)
-    content = fs.cat_file(target)
+    with explain_storage(path):
+        content = fs.cat_file(target)
     assert isinstance(content, bytes)
     return content
 
@@ -248,7 +283,7 @@ def hash_file(path: str) -> FileRecord:
     """Hash a file as it streams by."""
     fs, target = locate(path)
     digest, size = hashlib.sha256(), 0
-    with fs.open(target, "rb") as file:
+    with explain_storage(path), fs.open(target, "rb") as file:
         while chunk := cast(bytes, file.read(_CHUNK_BYTES)):
             digest.update(chunk)
             size += len(chunk)
@@ -269,55 +304,34 @@ def locate(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
     return fs, str(root).rstrip("/") or "/"
 
 
-@contextlib.contextmanager
-def explain_full_disk(path: str) -> Iterator[None]:
-    """Turn a full or read-only disk into an error that says what to do."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise ArtifactError(
-                f"no space left to write {path}: free some, then run the same command again; "
-                "it continues where it stopped"
-            ) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise ArtifactError(
-                f"{path} may not be written ({error.strerror}): give an output folder that may"
-            ) from error
-        if error.errno in (errno.EEXIST, errno.ENOTDIR):
-            raise ArtifactError(
-                f"{path} lies under a file ({error.filename}): give a folder"
-            ) from error
-        raise
+def _run(
+    kind: str,
+    config: Config,
+    parents: Mapping[str, str] | None,
+    sources: Mapping[str, Source] | None,
+) -> Run:
+    return Run(
+        kind=kind, config=dict(config), parents=dict(parents or {}), sources=dict(sources or {})
+    )
 
 
-def _write_local(target: Path, content: bytes) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".write-{uuid.uuid4().hex[:12]}")
-    try:
-        with temporary.open("xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    folder = os.open(target.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+def _require_own(path: str) -> None:
+    if foreign := sorted(_list(path)):
+        raise ArtifactError(
+            f"{path} holds files that are not an artifact's ({_some(foreign)}): "
+            "give a folder that is empty or not there yet"
+        )
 
 
 def _list(path: str) -> dict[str, int]:
     """Return the size of each file of an artifact, by its name below the folder."""
     fs, root = locate(path)
-    if not fs.exists(root):
-        return {}
-    if fs.isfile(root):
-        raise ArtifactError(f"{path} is a file: give a folder")
-    found = cast(dict[str, dict[str, Any]], fs.find(root, detail=True))
+    with explain_storage(path):
+        if not fs.exists(root):
+            return {}
+        if fs.isfile(root):
+            raise ArtifactError(f"{path} is a file or lies under one: give a folder")
+        found = cast(dict[str, dict[str, Any]], fs.find(root, detail=True))
     names = {name[len(root) :].lstrip("/"): info["size"] for name, info in found.items()}
     return {
         name: size
@@ -337,8 +351,9 @@ def _clear_scratch(path: str) -> None:
 def _read(model: type[Record], path: str, name: str) -> Record | None:
     fs, root = locate(path)
     try:
-        content = json.loads(fs.cat_file(f"{root}/{name}"))
-    except (FileNotFoundError, NotADirectoryError):
+        with explain_storage(path):
+            content = json.loads(fs.cat_file(f"{root}/{name}"))
+    except FileNotFoundError:
         return None
     except ValueError as error:
         raise ArtifactError(f"{path}/{name} is damaged ({error}): make it again") from None

@@ -13,7 +13,6 @@ and `it"s` for something else than text.
 
 import argparse
 import difflib
-import errno
 import inspect
 import json
 import logging
@@ -25,7 +24,6 @@ from types import NoneType, UnionType
 from typing import (
     Annotated,
     Any,
-    ClassVar,
     Literal,
     NoReturn,
     TypeVar,
@@ -39,6 +37,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, JsonValue, Validatio
 from pydantic.fields import FieldInfo
 
 from sae_ray.errors import ConfigError, SaeRayError
+from sae_ray.storage import is_refusal, storage_errors, told
 
 ENV_PREFIX = "SAE_RAY_"
 
@@ -72,9 +71,6 @@ class JobConfig(BaseModel):
         frozen=True, extra="forbid", use_attribute_docstrings=True, coerce_numbers_to_str=True
     )
 
-    incidental: ClassVar[frozenset[str]] = frozenset({"out"})
-    """Fields that say where and how fast, never what: a run may be continued with others."""
-
     @classmethod
     def parse(cls: type[ConfigT], argv: Sequence[str] | None = None) -> ConfigT:
         """Read flags, environment and YAML; `argv` is `sys.argv[1:]` unless told."""
@@ -86,10 +82,6 @@ class JobConfig(BaseModel):
             return cls.model_validate(values)
         except ValidationError as error:
             raise ConfigError(_explain(cls, error)) from None
-
-    def identity(self) -> dict[str, JsonValue]:
-        """Return what decides the result, as JSON: what an artifact records and is known by."""
-        return self.model_dump(mode="json", exclude=set(self.incidental))
 
 
 def run_job(
@@ -104,10 +96,11 @@ def run_job(
         return main(config_class.parse(argv)) or 0
     except SaeRayError as error:
         return _fail(str(error))
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
+    except storage_errors() as error:
+        if not is_refusal(error):
             raise
-        return _fail(f"no space left on the device ({error}): free some, then run the same line")
+        place = getattr(error, "filename", None)
+        return _fail(told(str(place) if place else "storage", error))
     except KeyboardInterrupt:
         return 130
 

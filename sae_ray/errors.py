@@ -5,7 +5,8 @@
       ├── PoolError        the pool cannot be read, or holds too little that can
       ├── ModelError       model, tokenizer, hook point and SAE do not fit each other
       ├── ArtifactError    a folder on disk is not what it is taken for, or cannot be written
-      └── TaskError        a task is empty, or cannot be told from the rest of the pool
+      ├── TaskError        a task is empty, or cannot be told from the rest of the pool
+      └── WorkError        a worker or the cluster failed
 
 What a user can cause is one of these. Each message has three parts: what was given, what is
 allowed, what to do. A broken invariant is an `assert` instead: that one is our mistake.
@@ -34,3 +35,7 @@ class ArtifactError(SaeRayError):
 
 class TaskError(SaeRayError):
     """A task is empty, or cannot be told from the rest of the pool."""
+
+
+class WorkError(SaeRayError):
+    """A worker failed at work that it names, or the cluster did."""

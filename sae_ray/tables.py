@@ -9,7 +9,6 @@ import codecs
 import dataclasses
 import hashlib
 import json
-import sys
 import threading
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
@@ -26,6 +25,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from sae_ray.errors import PoolError
 from sae_ray.rows import FORMS, FORMS_TEXT, BadRow, excerpt, find_form
+from sae_ray.storage import storage_errors
 
 Kind = Literal["parquet", "jsonl"]
 
@@ -36,14 +36,6 @@ MAX_LINE_BYTES = 64 << 20
 _CHUNK_BYTES = 4 << 20
 _HASHED_LOCAL_BYTES, _HASHED_BYTES = 4 << 30, 64 << 20
 _BATCH_ROWS = 256
-# What filesystems raise beside OSError; looked up, not imported, since most are not installed.
-_FOREIGN_ERRORS = (
-    ("botocore.exceptions", "BotoCoreError"),
-    ("aiohttp", "ClientError"),
-    ("httpx", "HTTPError"),
-    ("gcsfs.retry", "HttpError"),
-    ("azure.core.exceptions", "AzureError"),
-)
 _local = threading.local()
 
 
@@ -347,15 +339,9 @@ def explained(url: str) -> Iterator[None]:
     """Turn what storage and decoders raise into one sentence."""
     try:
         yield
-    except _storage_errors() as error:
+    except (pa.ArrowException, *storage_errors()) as error:
         line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise PoolError(
             f"pool {url} cannot be read ({line}): needed is {SOURCES_TEXT} that this machine may "
             "read; check the address, the rights, and for remote storage its environment variables"
         ) from error
-
-
-def _storage_errors() -> tuple[type[BaseException], ...]:
-    loaded = [(sys.modules.get(module), name) for module, name in _FOREIGN_ERRORS]
-    foreign = [getattr(module, name) for module, name in loaded if hasattr(module, name)]
-    return (OSError, pa.ArrowException, *foreign)

@@ -9,6 +9,17 @@ import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+# A world of their own, before any library looks at it.
+os.environ["HOME"] = tempfile.mkdtemp(prefix="home-")
+os.environ["HF_HOME"] = os.environ["HOME"] + "/huggingface"
+os.environ.update(
+    DS_ACCELERATOR="cpu",
+    HF_HUB_OFFLINE="1",
+    RAY_USAGE_STATS_ENABLED="0",
+    TOKENIZERS_PARALLELISM="false",
+    WANDB_MODE="disabled",
+)
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -34,20 +45,11 @@ SPECIAL_TOKENS = ("<pad>", "<s>", "<|im_start|>", "<|im_end|>")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Give the tests a world of their own before any library looks at it."""
-    home = tempfile.mkdtemp(prefix="home-")
-    config.add_cleanup(lambda: shutil.rmtree(home, ignore_errors=True))
+    """Take away what would reach into the tests' world, and leave nothing of it behind."""
     for name in [name for name in os.environ if name.startswith("SAE_RAY_")]:
         del os.environ[name]
     os.environ.pop("RAY_ADDRESS", None)
-    os.environ.update(
-        DS_ACCELERATOR="cpu",
-        HOME=home,
-        HF_HUB_OFFLINE="1",
-        RAY_USAGE_STATS_ENABLED="0",
-        TOKENIZERS_PARALLELISM="false",
-        WANDB_MODE="disabled",
-    )
+    config.add_cleanup(lambda: shutil.rmtree(os.environ["HOME"], ignore_errors=True))
 
 
 @pytest.hookimpl(tryfirst=True)

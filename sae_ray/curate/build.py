@@ -8,9 +8,12 @@ This module does not know how shards are given to workers.
 
 import dataclasses
 import json
+import logging
+import sqlite3
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -20,17 +23,23 @@ from pydantic import JsonValue
 from safetensors.numpy import save as save_tensors
 
 from sae_ray.artifacts import FileRecord, Manifest, finish, locate, write_atomically
+from sae_ray.chat import Conversation
 from sae_ray.curate.block import SEGMENTS, IndexBlock
 from sae_ray.curate.index import Shards, shard_name
 from sae_ray.curate.lexical import build
-from sae_ray.curate.scorer import LatentScorer
-from sae_ray.errors import PoolError
+from sae_ray.curate.scorer import MIN_FIT_TOKENS, LatentScorer
+from sae_ray.errors import ArtifactError, PoolError
 from sae_ray.pool import Slice, read
 from sae_ray.rows import Rejected, count_reasons
+from sae_ray.storage import explain_storage
+
+logger = logging.getLogger(__name__)
 
 BACKGROUND_ROWS = 2048
 ON_QUANTILE = 0.8
 """A latent is on in a row if its mean is among the top fifth of the pool's."""
+FIT_ROWS, FIT_SLICES = 64, 256
+"""Rows on which a SAE's fit is judged at once, and slices in which such rows are looked for."""
 _ROW_GROUP_ROWS = 256
 _SPLIT = ("_mean", "_peak", "_hidden", "_count")
 _MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
@@ -40,18 +49,31 @@ _REJECTED = pa.schema(
 
 
 def write_shard(
-    scorer: LatentScorer, piece: Slice, path: str, keep_columns: Sequence[str] = ()
+    scorer: LatentScorer,
+    piece: Slice,
+    path: str,
+    keep_columns: Sequence[str] = (),
+    fit_slices: Sequence[Slice] = (),
 ) -> dict:
     """Score one slice of the pool into the index at `path`, unless that is done; return its part.
 
     The part (counts, rejected rows, the shard's hash) is written behind the shard: where it is, the
     shard is whole.
+
+    Args:
+        scorer: what reads.
+        piece: the slice.
+        path: the index.
+        keep_columns: columns of the pool to carry along.
+        fit_slices: slices after the first, in which rows are looked for to hold the SAE against the
+            model if the first has too few.
     """
     if (part := read_part(path, piece.index)) is not None:
         return part
     rows = read(piece, keep_columns=keep_columns)
+    unexplained = None
     if piece.index == 0:
-        scorer.check_fit(rows.conversations)
+        unexplained = _check_fit(scorer, rows.conversations, fit_slices)
     scored = scorer(rows.conversations, rows.rows)
     rejected = [
         *rows.rejected,
@@ -72,6 +94,7 @@ def write_shard(
     part = {
         "shard": piece.index,
         "record": record.model_dump(),
+        "unexplained_variance": unexplained,
         "num_rows": table.num_rows,
         "num_tokens": int(scored.block.n_tokens.sum()) + scored.template_tokens,
         "template_latents": on_template.tolist(),
@@ -80,6 +103,26 @@ def write_shard(
     }
     write_atomically(f"{path}/.parts/{piece.index:05d}.json", json.dumps(part).encode())
     return part
+
+
+def _check_fit(
+    scorer: LatentScorer, first: Sequence[Conversation], slices: Sequence[Slice]
+) -> float | None:
+    """Hold the SAE against the first rows that hold enough; None if there are none."""
+    if scorer.encoder.is_transcoder:
+        return None
+    later = (one for piece in slices for one in read(piece).conversations)
+    rows = chain(first, later)
+    while some := list(islice(rows, FIT_ROWS)):
+        if (unexplained := scorer.check_fit(some)) is not None:
+            return unexplained
+    logger.warning(
+        "whether the SAE fits the model was not judged: no %d of the pool's first rows hold %d "
+        "tokens",
+        FIT_ROWS,
+        MIN_FIT_TOKENS,
+    )
+    return None
 
 
 def read_part(path: str, shard: int) -> dict | None:
@@ -91,8 +134,17 @@ def read_part(path: str, shard: int) -> dict | None:
         return None
 
 
-def finish_index(path: str, num_shards: int, *, d_sae: int, max_rejected: float) -> Manifest:
+def finish_index(
+    path: str, num_shards: int, *, d_sae: int, max_rejected: float, columns: Sequence[str] = ()
+) -> Manifest:
     """Survey an index that has all its shards; write statistics, lexical index and manifest.
+
+    Args:
+        path: the index.
+        num_shards: how many there are.
+        d_sae: latents of its SAE.
+        max_rejected: share of rows that may be unreadable.
+        columns: columns of the pool that its shards carry along.
 
     Raises:
         PoolError: more than the share `max_rejected` of the rows could not be read, or all.
@@ -130,6 +182,8 @@ def finish_index(path: str, num_shards: int, *, d_sae: int, max_rejected: float)
         "d_in": background.hidden.shape[2],
     }
     counts["rejected"] = dict(count_reasons(rejected).items())
+    counts["columns"] = list(columns)
+    counts["unexplained_variance"] = parts[0].get("unexplained_variance")
     return finish(path, counts, known=known)
 
 
@@ -225,8 +279,16 @@ def _build_lexical(path: str, shards: Shards) -> None:
     fs, root = locate(path)
     with tempfile.TemporaryDirectory(prefix="sae-ray-") as folder:
         local = Path(folder) / "lexical.sqlite"
-        build(local, _texts(shards))
-        fs.put_file(str(local), f"{root}/lexical.sqlite")
+        try:
+            build(local, _texts(shards))
+        except sqlite3.OperationalError as error:
+            raise ArtifactError(
+                f"the lexical index cannot be built in {folder} ({error}): free some room there or "
+                "set TMPDIR to a folder that has it, then run the same command again; it continues "
+                "where it stopped"
+            ) from error
+        with explain_storage(path):
+            fs.put_file(str(local), f"{root}/lexical.sqlite")
 
 
 def _texts(shards: Shards) -> Iterator[tuple[str, str]]:

@@ -26,11 +26,12 @@ from fsspec.implementations.local import LocalFileSystem
 from jaxtyping import Float32, Int32
 from safetensors.numpy import load as load_tensors
 
-from sae_ray.artifacts import Manifest, locate, open_artifact, read_file
+from sae_ray.artifacts import Manifest, Source, locate, open_artifact, read_file
 from sae_ray.chat import Conversation
 from sae_ray.curate.block import MEANS_ONLY, SEGMENTS, IndexBlock
 from sae_ray.curate.lexical import LexicalIndex
 from sae_ray.curate.scorer import LatentScorer, ScorerConfig
+from sae_ray.curate.sources import ROLES, Role, describe_source, locate_source, require_source
 
 KIND = "feature-index"
 FEATURES_ONLY = [*MEANS_ONLY, *(f"{s}_{name}" for s in SEGMENTS for name in ("peak", "count"))]
@@ -124,14 +125,25 @@ class Shards:
 class FeatureIndex:
     """A finished index, opened for reading; little is held in memory beside ids and lengths."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, lm: str | None = None, sae: str | None = None) -> None:
         """Open an index.
+
+        Args:
+            path: its folder or URL.
+            lm: where a copy of its language model lies, if not where the index says.
+            sae: the same of its SAE.
 
         Raises:
             ArtifactError: there is none, or it is not finished.
         """
         self.path = path
         self.manifest: Manifest = open_artifact(path, KIND)
+        given: dict[Role, str | None] = {"lm": lm, "sae": sae}
+        self.moved = {
+            role: source.name
+            for role, name in given.items()
+            if name is not None and (source := describe_source(role, name)) != self._source(role)
+        }
         extra = self.manifest.extra
         self.num_rows, self.d_sae, self.d_in = (
             int(extra[name])  # pyright: ignore[reportArgumentType]
@@ -184,7 +196,7 @@ class FeatureIndex:
     @property
     def kept_columns(self) -> list[str]:
         """Columns of the pool that were carried along for display."""
-        return list(self.manifest.config["keep_columns"])  # pyright: ignore
+        return list(self.manifest.extra["columns"])  # pyright: ignore
 
     def column(self, name: str) -> list[str]:
         """Return a column that was carried along, for every row: for display, never for scores."""
@@ -203,9 +215,20 @@ class FeatureIndex:
     @cached_property
     def scorer(self) -> LatentScorer:
         """The scorer that made the index, loaded when it is first needed."""
-        names = {field.name for field in dataclasses.fields(ScorerConfig)}
+        require_source("lm", self.source("lm"), self.manifest, self.path)
+        require_source("sae", self.source("sae"), self.manifest, self.path)
+        names = {field.name for field in dataclasses.fields(ScorerConfig)} - set(ROLES)
         config = {k: v for k, v in self.manifest.config.items() if k in names}
-        return LatentScorer.load(ScorerConfig(**config))  # pyright: ignore[reportArgumentType]
+        lm, sae = locate_source("lm", self.source("lm")), locate_source("sae", self.source("sae"))
+        return LatentScorer.load(ScorerConfig(lm, sae, **config))  # pyright: ignore[reportArgumentType]
+
+    def source(self, role: Role) -> str:
+        """Return the name of the pool, model or SAE that it was made with, or that of a copy."""
+        return self.moved.get(role) or self._source(role).name
+
+    def _source(self, role: Role) -> Source:
+        # An index of rows that no model read names none.
+        return self.manifest.sources.get(role, Source(name=""))
 
     @cached_property
     def _lexical(self) -> LexicalIndex:

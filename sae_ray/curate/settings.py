@@ -1,13 +1,14 @@
 """Settings of an index: which pool is read through which model and SAE, and how."""
 
-from typing import ClassVar
+from pydantic import Field, JsonValue, model_validator
 
-from pydantic import Field, model_validator
-
-from sae_ray import tiny
 from sae_ray.config import JobConfig
 from sae_ray.curate.scorer import ScorerConfig
+from sae_ray.curate.sources import EMBEDDED, ROLES, Role, locate_source
 from sae_ray.lm import DTypeName
+
+_INCIDENTAL = {"max_rejected", "check_fit", "num_workers"}
+"""Settings that say what is refused and how fast it goes: a run may be continued with others."""
 
 
 class IndexSettings(JobConfig):
@@ -41,8 +42,6 @@ class IndexSettings(JobConfig):
     num_workers: int | None = Field(default=None, ge=0)
     """Ray workers: one a GPU, or a core, if not given; 0 scores in this process without Ray."""
 
-    incidental: ClassVar[frozenset[str]] = frozenset({"out", "index", "num_workers"})
-
     @model_validator(mode="after")
     def _model_and_sae_together(self) -> "IndexSettings":
         if (self.lm is None) != (self.sae is None):
@@ -53,16 +52,25 @@ class IndexSettings(JobConfig):
             )
         return self
 
+    def identity(self) -> dict[str, JsonValue]:
+        """Return what decides an index beside what it is made of: what it records."""
+        fields = set(IndexSettings.model_fields) - set(ROLES) - _INCIDENTAL
+        return self.model_dump(mode="json", include=fields)
+
+    def source(self, role: Role) -> str:
+        """Return the name of the pool, model or SAE: the one given, or the embedded one's."""
+        return getattr(self, role) or EMBEDDED
+
     @property
     def pool_source(self) -> str:
-        """The pool given, or the embedded one."""
-        return self.pool or str(tiny.pool_path())
+        """Where the pool lies."""
+        return locate_source("pool", self.source("pool"))
 
     def scorer_config(self) -> ScorerConfig:
         """Return what a row of the index depends on."""
         return ScorerConfig(
-            lm=self.lm or str(tiny.lm_path()),
-            sae=self.sae or str(tiny.sae_path()),
+            lm=locate_source("lm", self.source("lm")),
+            sae=locate_source("sae", self.source("sae")),
             dtype=self.dtype,
             max_tokens=self.max_tokens,
             batch_tokens=self.batch_tokens,

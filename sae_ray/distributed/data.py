@@ -6,35 +6,38 @@ not at all, so that a slice whose worker died is simply scored again, and a run 
 on with the shards that are missing.
 """
 
-import contextlib
 import dataclasses
-import hashlib
 import json
 import logging
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Collection, Iterator
 
 import ray
 import ray.data
 import torch
-from pydantic import JsonValue
 from ray.data import ActorPoolStrategy
 from ray.exceptions import RayError
 
 from sae_ray import errors
-from sae_ray.artifacts import State, begin, hash_file, is_finished, open_artifact
-from sae_ray.curate.build import finish_index, read_part, write_shard
+from sae_ray.artifacts import begin, inspect, is_finished, open_artifact
+from sae_ray.curate.build import FIT_SLICES, finish_index, read_part, write_shard
 from sae_ray.curate.index import FEATURES_ONLY, KIND
 from sae_ray.curate.scorer import LatentScorer, ScorerConfig, check_pair
 from sae_ray.curate.settings import IndexSettings
+from sae_ray.curate.sources import ROLES, describe_source, fingerprint, require_source
 from sae_ray.distributed.runtime import WORKER_ENV, Workers, cluster, plan_workers
-from sae_ray.errors import ArtifactError, ConfigError, PoolError, SaeRayError
+from sae_ray.errors import ArtifactError, ConfigError, SaeRayError, WorkError
 from sae_ray.pool import Plan, Slice, plan
+from sae_ray.threads import one_thread
 
 logger = logging.getLogger(__name__)
 
 _ATTEMPTS = 3
 """Times that a run is taken up again after the cluster, not the work, failed."""
+_FAULTS = (
+    *(ArithmeticError, AssertionError, AttributeError, LookupError),
+    *(RuntimeError, TypeError, ValueError),
+)
+"""What a worker raises again however often it is asked."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,31 +51,52 @@ class Progress:
     rejected: int
 
 
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What is the same for every shard."""
+
+    config: ScorerConfig
+    path: str
+    keep_columns: tuple[str, ...]
+    fit_slices: tuple[Slice, ...]
+
+    def write(self, scorer: LatentScorer, piece: Slice) -> dict:
+        """Write one shard."""
+        return write_shard(scorer, piece, self.path, self.keep_columns, self.fit_slices)
+
+
 class ShardWriter:
     """A worker: a scorer loaded once, to which slices come.
 
-    What the user can put right comes back as a row: Ray keeps the text of an exception but not its
-    type, and would start a worker that cannot load its model again and again.
+    What is wrong for good comes back as a row: Ray keeps the text of an exception but not its
+    type, and would start a worker that cannot load its model again and again. What may pass, a
+    store that does not answer, is left to Ray.
     """
 
-    def __init__(
-        self, config: ScorerConfig, path: str, keep_columns: Sequence[str], num_threads: int
-    ) -> None:
+    def __init__(self, work: Work, num_threads: int) -> None:
         torch.set_num_threads(num_threads)
-        self.config, self.path, self.keep_columns = config, path, keep_columns
+        self.work = work
         self.scorer: LatentScorer | None = None
 
     def __call__(self, batch: dict[str, list]) -> dict[str, list[str]]:
         """Write the shards of a batch of slices; return what was counted, or what is wrong."""
+        (piece,) = (Slice(**json.loads(one)) for one in batch["slice"])
         try:
-            self.scorer = self.scorer or LatentScorer.load(self.config)
-            parts = [
-                write_shard(self.scorer, Slice(**json.loads(one)), self.path, self.keep_columns)
-                for one in batch["slice"]
-            ]
+            self.scorer = self.scorer or LatentScorer.load(self.work.config)
+            answer = _counts(self.work.write(self.scorer, piece))
         except SaeRayError as error:
-            return {"part": [json.dumps({"error": type(error).__name__, "message": str(error)})]}
-        return {"part": [json.dumps(_counts(part)) for part in parts]}
+            answer = {"error": type(error).__name__, "message": str(error)}
+        except _FAULTS as error:
+            logger.exception("shard %d", piece.index)
+            last = piece.first_row + piece.num_rows - 1
+            answer = {
+                "error": WorkError.__name__,
+                "message": f"shard {piece.index} (rows {piece.first_row} to {last} of the pool) "
+                f"failed with {type(error).__name__}: {error}; see whether these rows, the model "
+                "and its tokenizer, and the SAE are what they should be (the traceback is in the "
+                "log that Ray keeps of this worker)",
+            }
+        return {"part": [json.dumps(answer)]}
 
 
 def build_index(settings: IndexSettings, path: str) -> Iterator[Progress]:
@@ -81,35 +105,33 @@ def build_index(settings: IndexSettings, path: str) -> Iterator[Progress]:
     Raises:
         PoolError, ModelError: the pool, or model and SAE, cannot be used.
         ArtifactError: the folder holds something else, or the disk is full.
+        WorkError: the cluster failed, or a worker at rows that it names.
     """
+    if is_finished(path, KIND):
+        _require_same(settings, path, {*settings.identity(), *ROLES})
+        return
     config = settings.scorer_config()
     encoder = check_pair(config)
+    recorded = settings.identity()
+    parents = {role: fingerprint(role, settings.source(role)) for role in ("lm", "sae")}
+    sources = {role: describe_source(role, settings.source(role)) for role in ROLES}
+    # Before anything of the pool is converted into the folder.
+    inspect(path, KIND, recorded, parents, sources, so_far=True)
     pieces = plan(
         settings.pool_source,
         rows_per_shard=settings.rows_per_shard,
         staging=f"{path}/.staging",
     )
-    keep = [name for name in settings.keep_columns if name in pieces.columns]
+    keep = tuple(name for name in settings.keep_columns if name in pieces.columns)
     if reserved := sorted({*FEATURES_ONLY, "messages"} & set(keep)):
         raise ConfigError(
             f"keep_columns={reserved[0]!r} is a column of the index itself: name others, or rename "
             "that column of the pool"
         )
-    recorded: dict[str, JsonValue] = {
-        **{k: v for k, v in dataclasses.asdict(config).items() if k != "check_fit"},
-        "pool": settings.pool_source,
-        "rows_per_shard": settings.rows_per_shard,
-        "keep_columns": list(keep),
-    }
-    parents = {
-        "pool": pieces.fingerprint,
-        "lm": fingerprint(config.lm),
-        "sae": fingerprint(config.sae),
-    }
-    if begin(path, KIND, recorded, parents) is State.FINISHED:
-        return
+    begin(path, KIND, recorded, {**parents, "pool": pieces.fingerprint}, sources)
+    work = Work(config, path, keep, pieces.slices[1:FIT_SLICES])
     total = Progress(0, len(pieces.slices), 0, 0, 0)
-    for part in _write_shards(pieces, config, path, keep, settings.num_workers):
+    for part in _write_shards(pieces, work, settings.num_workers):
         total = Progress(
             total.shards + 1,
             total.num_shards,
@@ -118,49 +140,46 @@ def build_index(settings: IndexSettings, path: str) -> Iterator[Progress]:
             total.rejected + part["num_rejected"],
         )
         yield total
-    finish_index(path, len(pieces.slices), d_sae=encoder.d_sae, max_rejected=settings.max_rejected)
+    finish_index(
+        path,
+        len(pieces.slices),
+        d_sae=encoder.d_sae,
+        max_rejected=settings.max_rejected,
+        columns=keep,
+    )
 
 
 def ensure_index(settings: IndexSettings, path: str) -> Iterator[Progress]:
     """Build an index where there is none; one that is there must be of what was asked for."""
-    if not is_finished(path, KIND):
+    if is_finished(path, KIND):
+        _require_same(settings, path, settings.model_fields_set)
+    else:
         yield from build_index(settings, path)
-        return
+
+
+def _require_same(settings: IndexSettings, path: str, said: Collection[str]) -> None:
+    """Refuse a finished index of other settings or of another pool, model or SAE than was said."""
     manifest = open_artifact(path, KIND)
-    said = settings.model_dump(mode="json", include=settings.model_fields_set)
     differences = [
-        f"{name}: {manifest.config[name]!r} there, {value!r} here"
-        for name, value in said.items()
-        if name in manifest.config and value is not None and value != manifest.config[name]
+        f"{name}: {manifest.config.get(name)!r} there, {value!r} here"
+        for name, value in settings.identity().items()
+        if name in said and value != manifest.config.get(name)
     ]
-    if settings.pool is not None:
-        with contextlib.suppress(PoolError):  # a finished index needs its pool no more
-            if plan(settings.pool).fingerprint != manifest.parents["pool"]:
-                differences.append("the pool's contents have changed")
     if differences:
         raise ArtifactError(
             f"{path} holds an index made otherwise ({'; '.join(differences)}): give another "
-            "--index, or leave these settings out"
+            "folder for the index, or leave these settings out"
         )
+    for role in ROLES:
+        if role in said:
+            require_source(role, settings.source(role), manifest, path)
 
 
-def fingerprint(source: str) -> str:
-    """Return what identifies a model or SAE: a hash of a folder's weights, or a published name."""
-    folder = Path(source)
-    if not folder.is_dir():
-        return source
-    files = [f for f in sorted(folder.iterdir()) if f.suffix in (".safetensors", ".json", ".jinja")]
-    hashes = [f"{file.name} {hash_file(str(file)).sha256}" for file in files]
-    return hashlib.sha256("\n".join(hashes).encode()).hexdigest()
-
-
-def _write_shards(
-    pieces: Plan, config: ScorerConfig, path: str, keep: Sequence[str], num_workers: int | None
-) -> Iterator[dict]:
+def _write_shards(pieces: Plan, work: Work, num_workers: int | None) -> Iterator[dict]:
     """Yield the counts of every shard once: those already there first."""
     missing: list[Slice] = []
     for piece in pieces.slices:
-        part = read_part(path, piece.index)
+        part = read_part(work.path, piece.index)
         if part is None:
             missing.append(piece)
         else:
@@ -168,20 +187,20 @@ def _write_shards(
     if not missing:
         return
     if num_workers == 0:
-        scorer = LatentScorer.load(config)
+        scorer = LatentScorer.load(work.config)
         for piece in missing:
-            yield _counts(write_shard(scorer, piece, path, keep))
+            with one_thread():
+                part = work.write(scorer, piece)
+            yield _counts(part)
         return
     with cluster():
-        yield from _on_ray(missing, config, path, keep, plan_workers(num_workers))
+        yield from _on_ray(missing, work, plan_workers(num_workers))
 
 
-def _on_ray(
-    missing: list[Slice], config: ScorerConfig, path: str, keep: Sequence[str], workers: Workers
-) -> Iterator[dict]:
+def _on_ray(missing: list[Slice], work: Work, workers: Workers) -> Iterator[dict]:
     for attempt in range(1, _ATTEMPTS + 1):
         try:
-            for row in _dataset(missing, config, path, keep, workers).iter_rows():
+            for row in _dataset(missing, work, workers).iter_rows():
                 part = json.loads(row["part"])
                 if "error" in part:
                     raise getattr(errors, part["error"])(part["message"])
@@ -189,20 +208,23 @@ def _on_ray(
                 yield part
             return
         except RayError as error:
+            failed = f"{len(missing)} shards to go ({_said(error)})"
             if attempt == _ATTEMPTS:
-                raise
-            logger.warning(
-                "the cluster failed with %d shards to go (%s); going on, attempt %d of %d",
-                len(missing),
-                str(error).strip().splitlines()[0],
-                attempt + 1,
-                _ATTEMPTS,
-            )
+                raise WorkError(
+                    f"the cluster failed {_ATTEMPTS} times, at last with {failed}: see that its "
+                    "machines answer and reach the pool and the index, then run the same line "
+                    "again; it goes on where it stopped"
+                ) from error
+            logger.warning("the cluster failed with %s; going on", failed)
 
 
-def _dataset(
-    missing: list[Slice], config: ScorerConfig, path: str, keep: Sequence[str], workers: Workers
-) -> ray.data.Dataset:
+def _said(error: RayError) -> str:
+    """Return the line of an error that says most: the last of a worker's traceback."""
+    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
+    return (lines[-1 if "Traceback" in str(error) else 0]) if lines else type(error).__name__
+
+
+def _dataset(missing: list[Slice], work: Work, workers: Workers) -> ray.data.Dataset:
     rows = [{"slice": json.dumps(dataclasses.asdict(piece))} for piece in missing]
     count = min(workers.count, len(missing))
     return ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
@@ -214,12 +236,7 @@ def _dataset(
         num_cpus=workers.num_cpus,
         num_gpus=workers.num_gpus or None,
         runtime_env={"env_vars": WORKER_ENV},
-        fn_constructor_kwargs={
-            "config": config,
-            "path": path,
-            "keep_columns": list(keep),
-            "num_threads": workers.num_cpus,
-        },
+        fn_constructor_kwargs={"work": work, "num_threads": workers.num_cpus},
     )
 
 

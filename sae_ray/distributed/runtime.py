@@ -9,6 +9,7 @@ from pathlib import Path
 
 import ray
 from ray.data import DataContext
+from ray.exceptions import AuthenticationError
 
 from sae_ray.errors import ConfigError
 
@@ -54,6 +55,12 @@ def cluster() -> Iterator[None]:
             raise ConfigError(
                 f"no Ray cluster answers at RAY_ADDRESS={address}: start one with `ray start "
                 "--head`, or unset RAY_ADDRESS to run on this machine"
+            ) from error
+        except AuthenticationError as error:
+            raise ConfigError(
+                f"the Ray cluster at RAY_ADDRESS={address} refuses the token ({error.message}): "
+                "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH to the file with the cluster's "
+                "own token"
             ) from error
     _keep_token_private()
     DataContext.get_current().enable_progress_bars = False

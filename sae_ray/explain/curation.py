@@ -45,11 +45,13 @@ from sae_ray.curate.refine import rows_to_show
 from sae_ray.curate.request import Request
 from sae_ray.curate.score import Scores, contributions, score_pool
 from sae_ray.curate.select import Quota, Selection, candidates_needed, select
+from sae_ray.curate.sources import locate_source
 from sae_ray.errors import ConfigError, ModelError, PoolError
 from sae_ray.explain.page import fill_page
 from sae_ray.explain.report import render
 from sae_ray.pool import plan, read
 from sae_ray.sae.labels import read_labels
+from sae_ray.threads import one_thread
 
 logger = logging.getLogger(__name__)
 
@@ -96,12 +98,15 @@ class Curator:
 
     def __init__(self, index: FeatureIndex, labels: str | None = None) -> None:
         self.index = index
-        self.labels = _labels_of(str(index.manifest.config["sae"]), labels)
+        self.labels = _labels_of(locate_source("sae", index.source("sae")), labels)
+
+        self._written: dict[tuple[str, str, str], list[Conversation]] = {}
 
     @cached_property
     def _decoder(self) -> np.ndarray:
         return self.index.scorer.encoder.W_dec.float().cpu().numpy()
 
+    @one_thread()
     def answer(self, request: Request) -> Outcome:
         """Turn a request into a selection; nothing is written."""
         if request.budget_examples > self.index.num_rows:
@@ -109,7 +114,7 @@ class Curator:
                 f"budget_examples={request.budget_examples} but the pool holds "
                 f"{self.index.num_rows} readable rows: ask for at most as many"
             )
-        pseudo_queries = _pseudo_queries(request)
+        pseudo_queries = self._pseudo_queries(request)
         profile = build_profile(
             request.task,
             self.index,
@@ -144,6 +149,7 @@ class Curator:
         budget = request.budget_examples
         return Outcome(profile, selection, scores, budget, leaks, pseudo_queries)
 
+    @one_thread()
     def curate(self, request: Request, path: str) -> Manifest:
         """Answer a request into a folder, unless that is done.
 
@@ -177,6 +183,7 @@ class Curator:
         }
         return finish(path, counts, outcome.warnings())
 
+    @one_thread()
     def to_judge(self, outcome: Outcome, seen: Collection[int] = ()) -> list[SelectedRow]:
         """Return about 20 rows for a person to keep or drop, none of those seen before."""
         rows = rows_to_show(self.index, outcome.profile, outcome.scores, seen=seen)
@@ -208,6 +215,24 @@ class Curator:
         if not conversations:
             return None
         return self.index.scorer(conversations, range(len(conversations))).block
+
+    def _pseudo_queries(self, request: Request) -> list[Conversation]:
+        """Read what a model wrote, or ask it; the same is asked once, whatever the round."""
+        if request.pseudo_queries is not None:
+            return read_pseudo_queries(request.pseudo_queries)
+        if (request.pseudo_url is None) != (request.pseudo_model is None):
+            raise ConfigError("pseudo_url and pseudo_model go together: give both, or neither")
+        if request.pseudo_url is None or request.pseudo_model is None:
+            return []
+        asked = (request.task, request.pseudo_url, request.pseudo_model)
+        if asked not in self._written:
+            self._written[asked] = ask_for_pseudo_queries(
+                request.task,
+                base_url=request.pseudo_url,
+                model=request.pseudo_model,
+                api_key=os.environ.get("OPENAI_API_KEY"),
+            )
+        return self._written[asked]
 
     def _quota(self, request: Request) -> Quota | None:
         if (request.quota is None) != (request.quota_column is None):
@@ -244,21 +269,6 @@ def _conversations(source: str | None) -> list[Conversation]:
             f"({rejected[0].reason}): every row of such a file counts; mend or remove them"
         )
     return [one for piece in pieces for one in piece.conversations]
-
-
-def _pseudo_queries(request: Request) -> list[Conversation]:
-    if request.pseudo_queries is not None:
-        return read_pseudo_queries(request.pseudo_queries)
-    if (request.pseudo_url is None) != (request.pseudo_model is None):
-        raise ConfigError("pseudo_url and pseudo_model go together: give both, or neither")
-    if request.pseudo_url is None or request.pseudo_model is None:
-        return []
-    return ask_for_pseudo_queries(
-        request.task,
-        base_url=request.pseudo_url,
-        model=request.pseudo_model,
-        api_key=os.environ.get("OPENAI_API_KEY"),
-    )
 
 
 def _labels_of(sae: str, given: str | None) -> Mapping[int, str]:

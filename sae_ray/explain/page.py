@@ -189,8 +189,8 @@ def fill_page(
         notices=_notices(index, outcome),
         provenance={
             "index": index.manifest.content_hash,
-            "model": str(index.manifest.config["lm"]),
-            "SAE": str(index.manifest.config["sae"]),
+            "model": index.source("lm"),
+            "SAE": index.source("sae"),
             **index.manifest.versions,
         },
         config=dict(index.manifest.config),
@@ -205,6 +205,7 @@ def _budget(request: Request) -> str:
 def _next_settings(index: FeatureIndex, request: Request, path: str) -> dict[str, str]:
     """Return the flags that make the same request again."""
     flags = {"task": request.task, "index": index.path}
+    flags |= {role: name for role, name in index.moved.items()}
     flags["budget_examples"] = str(request.budget_examples)
     for name in (
         "budget_tokens",

@@ -31,6 +31,7 @@ from measure import (
 )
 
 from sae_ray.curate.index import FeatureIndex
+from sae_ray.curate.sources import locate_source
 from sae_ray.explain.curation import Curator, Request
 from sae_ray.lm import load_config
 
@@ -84,7 +85,7 @@ def main() -> None:
             names += [peak.name for peak in peaks]
     ready.close()
     daemons = [name for name in names if "raylet" in name or "gcs_server" in name]
-    layers = load_config(str(index.manifest.config["lm"])).num_hidden_layers
+    layers = load_config(locate_source("lm", index.source("lm"))).num_hidden_layers
     num_bytes = sum(file.bytes for file in index.manifest.files.values())
     later = [one["selection_s"] for one in answers[1:]]
     whole = statistics.median(one["all_s"] for one in answers[1:])

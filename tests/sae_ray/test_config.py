@@ -1,7 +1,8 @@
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Literal
 
 import pytest
+from botocore.exceptions import ClientError
 from pydantic import Field, ValidationError
 
 from sae_ray.config import JobConfig, OutputPath, run_job
@@ -13,8 +14,6 @@ class Config(JobConfig):
 
     python jobs/bake.py --flour rye --out out/rye
     """
-
-    incidental: ClassVar[frozenset[str]] = frozenset({"out", "num_ovens"})
 
     flour: str
     """What it is made of; 100 % of it."""
@@ -135,13 +134,6 @@ def test_a_config_cannot_be_changed_or_given_unknown_fields():
         Config.model_validate({"flour": "rye", "loafs": 1})
 
 
-def test_identity_leaves_out_where_and_how_fast():
-    there = Config(flour="rye", out="there", num_ovens=8)
-    assert there.identity() == Config(flour="rye").identity()
-    assert there.identity() != Config(flour="rye", loaves=3).identity()
-    assert "out" not in there.identity()
-
-
 def test_inside_a_ray_job_a_relative_output_path_is_refused(monkeypatch, tmp_path):
     assert Config.parse(["--flour=rye", "--out=bread"]).out == "bread"
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
@@ -156,6 +148,8 @@ def bake(config: Config) -> int | None:
         raise TaskError("flour=sand\nis no flour: give another")
     if config.flour == "none left":
         raise OSError(28, "No space left on device")
+    if config.flour == "none of yours":
+        raise ClientError({"Error": {"Code": "403"}}, "GetFlour")
     if config.flour == "burnt":
         raise KeyboardInterrupt
     return 3 if config.salted else None
@@ -169,7 +163,8 @@ def bake(config: Config) -> int | None:
         (["--flour=sand"], 2, "error: flour=sand is no flour: give another\n"),
         (["--flour=burnt"], 130, ""),
         (["--flr=1"], 2, "error: unknown flag '--flr': did you mean --flour? Known: "),
-        (["--flour=none left"], 2, "error: no space left on the device"),
+        (["--flour=none left"], 2, "error: no space left to write"),
+        (["--flour=none of yours"], 2, "error: storage cannot be reached (ClientError: An error"),
     ],
 )
 def test_a_job_ends_with_one_line_and_an_exit_code(capsys, argv, code, said):

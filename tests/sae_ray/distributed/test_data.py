@@ -1,12 +1,15 @@
+import copy
+import shutil
 from pathlib import Path
 
 import pytest
+from transformers import PreTrainedTokenizerFast
 
 from sae_ray.artifacts import content_hash
 from sae_ray.curate.index import KIND
 from sae_ray.curate.settings import IndexSettings
-from sae_ray.distributed.data import build_index, fingerprint
-from sae_ray.errors import ModelError
+from sae_ray.distributed.data import build_index
+from sae_ray.errors import ModelError, WorkError
 
 
 def built(settings: IndexSettings, path: str, num_workers: int) -> str:
@@ -41,9 +44,19 @@ def test_index_and_pool_may_lie_on_s3(
     assert built(on_s3, f"{s3_folder}/index", 0) == built(tiny_settings, str(tmp_path / "i"), 0)
 
 
-def test_a_model_is_known_by_its_weights(tiny_sae: Path) -> None:
-    before = fingerprint(str(tiny_sae))
-    weights = tiny_sae / "sae_weights.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
-    assert fingerprint(str(tiny_sae)) != before
-    assert fingerprint("google/gemma-2-2b") == "google/gemma-2-2b"
+def test_a_fault_in_a_worker_is_told_at_once_with_its_rows(
+    tiny_settings: IndexSettings,
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    ray_cluster: None,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    # A tokenizer of another model: some of its ids are past the embedding.
+    lm = shutil.copytree(str(tiny_settings.lm), tmp_path / "lm")
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.add_tokens(["piano", "river", "orders", "song", "water", "query"])
+    tokenizer.save_pretrained(lm)
+    wrong = tiny_settings.model_copy(update={"lm": str(lm), "num_workers": 1})
+    with pytest.raises(WorkError, match=r"shard \d \(rows \d+ to \d+ of the pool\).*IndexError"):
+        list(build_index(wrong, str(tmp_path / "index")))
+    assert "the cluster failed" not in caplog.text
