@@ -11,9 +11,10 @@ from sae_ray.config import JobConfig, run_job
 from sae_ray.lm import HookPoint
 from sae_ray.sae.labels import label_sae
 from sae_ray.sae.quality import measure_sae
-from sae_ray.sae.train import TrainConfig, train_on_instances
+from sae_ray.sae.recipe import Recipe, SAESpec
+from sae_ray.sae.sequences import instance_of
+from sae_ray.sae.train import train_on_instances
 from sae_ray.tiny import DEFAULT, HOOK_POINT, MODEL_NAME, card, recipe
-from sae_ray.tiny.pretrain import PretrainConfig
 
 
 class Config(JobConfig):
@@ -21,8 +22,7 @@ class Config(JobConfig):
 
     OMP_NUM_THREADS=1 python jobs/make_tiny.py --out my_tiny --pool chats.parquet
 
-    Five stages, and a finished one is not redone: generate (seconds), pretrain (an hour on one
-    core; goes on where it stopped), sae (10 minutes), label, card (a minute each).
+    A finished stage is not redone, and pre-training (an hour on one core) goes on where it stopped.
     """
 
     out: Path = DEFAULT
@@ -47,18 +47,18 @@ def make(config: Config, lm: Path, sae: Path, labels: Path) -> None:
         recipe.write_data(config.out, config.seed, config.text)
     material = recipe.material(config.seed, config.pool, config.text)
     if not (lm / "model.safetensors").exists():
-        pretraining = PretrainConfig(num_steps=config.lm_steps, seed=config.seed)
+        pretraining = recipe.PretrainConfig(num_steps=config.lm_steps, seed=config.seed)
         report("language model", recipe.pretrain_lm(material, pretraining, lm, config.work))
     seen, unseen = recipe.halves(recipe.read_rows(config.out / "pool.parquet"))
     if not (sae / "sae_weights.safetensors").exists():
-        training = TrainConfig(d_sae=1024, k=32, num_steps=config.sae_steps, seed=config.seed)
-        chats, point = material.chats(seen), HookPoint.parse(HOOK_POINT)
-        steps = train_on_instances(lm, chats, point, training, sae, model_name=MODEL_NAME)
-        report("SAE", steps)
+        spec = SAESpec(HookPoint.parse(HOOK_POINT), "batchtopk", 1024, k=32, seed=config.seed)
+        how = Recipe(num_steps=config.sae_steps, batch_tokens=2048, dead_after_tokens=200_000)
+        chats = list(map(instance_of, material.chats(seen)))
+        report("SAE", train_on_instances(lm, chats, spec, how, sae, model_name=MODEL_NAME))
     if not labels.exists():
         label_sae(lm, sae, seen, unseen, labels, how=card.HOW_LABELLED)
-    quality = dataclasses.asdict(measure_sae(lm, sae, material.encode_chats(unseen)))
-    figures = {"sae": quality, "sae_steps": config.sae_steps}
+    quality = measure_sae(lm, sae, list(map(instance_of, material.encode_chats(unseen))))
+    figures = {"sae": dataclasses.asdict(quality), "sae_steps": config.sae_steps}
     card.write_figures(config.out, figures | recipe.figures(config.out, material, config.lm_steps))
 
 

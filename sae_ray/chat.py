@@ -62,9 +62,11 @@ class Kind(enum.IntEnum):
     CONTENT = 0
     """Holds at least one character of a message."""
     TEMPLATE = 1
-    """Special tokens, separators and text that the template adds by itself."""
+    """Separators and text that the template adds by itself."""
     ROLE = 2
     """A word of the template alone behind a special token: `user`, `assistant`, `model`."""
+    SPECIAL = 3
+    """An added token of the tokenizer that the template writes: `<|im_start|>`."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -198,7 +200,7 @@ class ChatTokenizer:
             inside &= ~added | ((starts >= opens) & (ends <= closes))
             response = inside & assistant[message]
         frame = ~inside
-        kinds = frame.astype(np.uint8)  # Kind.CONTENT and Kind.TEMPLATE
+        kinds = np.where(added & frame, Kind.SPECIAL, frame).astype(np.uint8)
         for i in np.flatnonzero(added[:-1] & frame[:-1] & frame[1:] & ~added[1:]).tolist():
             if word := _ROLE_WORD.match(text, ends[i]):
                 kinds[i + 1 :][(starts[i + 1 :] < word.end()) & frame[i + 1 :]] = Kind.ROLE

@@ -6,7 +6,8 @@
       ├── ModelError       model, tokenizer, hook point and SAE do not fit each other
       ├── ArtifactError    a folder on disk is not what it is taken for, or cannot be written
       ├── TaskError        a task is empty, or cannot be told from the rest of the pool
-      └── WorkError        a worker or the cluster failed
+      ├── WorkError        a worker or the cluster failed
+      └── TrainingError    a training cannot go on: a loss is no number, or has blown up
 
 What a user can cause is one of these. Each message has three parts: what was given, what is
 allowed, what to do. A broken invariant is an `assert` instead: that one is our mistake.
@@ -39,3 +40,7 @@ class TaskError(SaeRayError):
 
 class WorkError(SaeRayError):
     """A worker failed at work that it names, or the cluster did."""
+
+
+class TrainingError(SaeRayError):
+    """A training cannot go on: a loss is no number, or has blown up."""

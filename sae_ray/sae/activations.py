@@ -1,105 +1,205 @@
-"""FAST activations: each instance read alone, then tokens of many instances mixed.
+"""FAST activations: each sequence read alone, then tokens of many of them mixed.
 
-The model reads chat instances right-padded in batches of like length, so each has exactly the
+The model reads sequences right-padded in batches of like length, so each has exactly the
 activations that it has alone (no instance sees another), special tokens included. Tokens then
 pass through a mixing buffer, so that a batch for the SAE holds tokens of many instances.
+
+Instances come in shards: fixed ranges of a pool, read when their turn comes. Batches are made
+inside a shard, in an order that the seed decides, so where a stream stands is three numbers.
 """
 
-from collections.abc import Iterator, Sequence
+import dataclasses
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int32
+from jaxtyping import Float
 from torch import Tensor
 
+from sae_ray.errors import PoolError
 from sae_ray.lm import HookPoint, LanguageModel
+from sae_ray.sae.buffer import MixingBuffer, TokenBatch
+from sae_ray.sae.sequences import TOKEN, Arrangement, Lanes, length_buckets
 
-Instance = Int32[np.ndarray, " _"]
+logger = logging.getLogger(__name__)
+
+Shard = Callable[[], Sequence[Lanes]]
+"""Reads the instances of one fixed range of a pool, the same ones every time."""
 
 
-def length_buckets(
-    instances: Sequence[Instance], tokens_per_batch: int, rng: np.random.Generator
-) -> Iterator[list[int]]:
-    """Yield batches of row numbers of like length, in random order, each row once.
+def read_sequences(
+    model: LanguageModel, sequences: Sequence[Lanes]
+) -> dict[HookPoint, Float[Tensor, "tokens _"]]:
+    """Return the activations of a batch of sequences, one behind the other, without padding."""
+    lengths = [len(one) for one in sequences]
+    width = max(lengths)
+    ids = torch.zeros(len(sequences), width, dtype=torch.long)
+    for row, one in enumerate(sequences):
+        ids[row, : lengths[row]] = torch.from_numpy(one[:, TOKEN])
+    read = model.read(ids.to(model.device))
+    flat = {point: x.flatten(0, 1) for point, x in read.items()}
+    if sum(lengths) == ids.numel():
+        return flat
+    real = torch.arange(width) < torch.tensor(lengths).unsqueeze(1)
+    index = real.flatten().nonzero().squeeze(1).to(model.device)
+    return {point: x.index_select(0, index) for point, x in flat.items()}
 
-    Rows times the longest of a batch stays within `tokens_per_batch`, save for a single row.
+
+@dataclasses.dataclass
+class Cursor:
+    """Where a stream stands: what it has yielded of which shard in which pass."""
+
+    num_passes: int = 0
+    shard: int = 0
+    """Place in this pass's order of shards."""
+    batch: int = 0
+    """Batches of that shard that have been yielded."""
+
+
+@dataclasses.dataclass
+class Counts:
+    """What a stream has read, summed over passes."""
+
+    instances: int = 0
+    tokens: int = 0
+    padding: int = 0
+    """Slots that the model computed for nothing."""
+    cut_instances: int = 0
+    cut_tokens: int = 0
+    """Left out behind the cap."""
+
+    @property
+    def padding_share(self) -> float:
+        """Padding over all slots of the model's batches."""
+        return self.padding / max(1, self.tokens + self.padding)
+
+
+class ActivationStream:
+    """Reads shards through a model for ever, each pass in another order; can be stopped anywhere.
+
+    Two streams with the same arguments yield the same, and one that was given another's state
+    goes on where that one stood.
     """
-    lengths = np.array([len(instance) for instance in instances])
-    order = rng.permutation(len(instances))
-    order = order[np.argsort(lengths[order], kind="stable")]
-    groups: list[list[int]] = []
-    # Longest first: the first row of a batch then sets its width.
-    for row in order[::-1].tolist():
-        if groups and lengths[groups[-1][0]] * (len(groups[-1]) + 1) <= tokens_per_batch:
-            groups[-1].append(row)
-        else:
-            groups.append([row])
-    for number in rng.permutation(len(groups)).tolist():
-        yield groups[number]
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        shards: Sequence[Shard],
+        arrangement: Arrangement | None = None,
+        *,
+        tokens_per_forward: int = 8192,
+        seed: int = 0,
+    ) -> None:
+        self.model, self.shards = model, shards
+        self.arrangement = arrangement or Arrangement()
+        self.tokens_per_forward, self.seed = tokens_per_forward, seed
+        self.cursor, self.counts = Cursor(), Counts()
+        self._batches: Iterator[TokenBatch] | None = None
+
+    def __iter__(self) -> "ActivationStream":
+        return self
+
+    def __next__(self) -> TokenBatch:
+        self._batches = self._batches or self._read()
+        return next(self._batches)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return where the stream stands and what it has counted."""
+        return {
+            "cursor": dataclasses.asdict(self.cursor),
+            "counts": dataclasses.asdict(self.counts),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from where a stream over the same shards stood."""
+        self.cursor, self.counts = Cursor(**state["cursor"]), Counts(**state["counts"])
+        self._batches = None
+
+    def _read(self) -> Iterator[TokenBatch]:
+        cursor = self.cursor
+        while True:
+            tokens_before = self.counts.tokens
+            order = self._rng(cursor.num_passes).permutation(len(self.shards)).tolist()
+            started_within = cursor.shard > 0 or cursor.batch > 0
+            while cursor.shard < len(order):
+                yield from self._read_shard(order[cursor.shard])
+                cursor.shard, cursor.batch = cursor.shard + 1, 0
+            cursor.num_passes, cursor.shard = cursor.num_passes + 1, 0
+            if self.counts.tokens == tokens_before and not started_within:
+                raise PoolError(
+                    f"none of the {len(self.shards)} shards to train on holds a token: give more "
+                    "rows, fewer workers, or look at the rejected rows for the reason"
+                )
+
+    def _read_shard(self, shard: int) -> Iterator[TokenBatch]:
+        cursor, counts = self.cursor, self.counts
+        rng = self._rng(cursor.num_passes, shard)
+        instances = self.shards[shard]()
+        sequences = self.arrangement.arrange(
+            [instances[i] for i in rng.permutation(len(instances))]
+        )
+        lengths = [len(one) for one in sequences]
+        if cursor.batch == 0:
+            lost = [num for one in instances if (num := self.arrangement.num_cut(one))]
+            counts.instances += len(instances)
+            counts.cut_instances += len(lost)
+            counts.cut_tokens += sum(lost)
+        groups = list(length_buckets(lengths, self.tokens_per_forward, rng))
+        for group in groups[cursor.batch :]:
+            batch = self._forward([sequences[row] for row in group])
+            # Before the yield: a state taken while the caller has the batch counts it as read.
+            cursor.batch += 1
+            counts.tokens += len(batch)
+            counts.padding += len(group) * max(lengths[row] for row in group) - len(batch)
+            yield batch
+
+    def _forward(self, sequences: list[Lanes]) -> TokenBatch:
+        lanes = torch.from_numpy(np.concatenate(sequences)).to(self.model.device)
+        return TokenBatch(lanes, read_sequences(self.model, sequences))
+
+    def _rng(self, *key: int) -> np.random.Generator:
+        return np.random.default_rng((self.seed, *key))
 
 
-def read_instances(
-    model: LanguageModel, instances: Sequence[Instance], hook_point: HookPoint
-) -> Float[Tensor, "tokens d_in"]:
-    """Return the activations of a batch of instances, one behind the other, without padding."""
-    width = max(map(len, instances))
-    ids = torch.zeros(len(instances), width, dtype=torch.long)
-    real = torch.zeros(len(instances), width, dtype=torch.bool)
-    for row, instance in enumerate(instances):
-        ids[row, : len(instance)] = torch.from_numpy(instance)
-        real[row, : len(instance)] = True
-    activations = model.read(ids.to(model.device))[hook_point]
-    return activations[real.to(model.device)].float()
+class Feed:
+    """Mixed batches for training, for ever: a stream through a buffer, whose state can be kept."""
 
+    def __init__(
+        self,
+        stream: Iterator[TokenBatch],
+        *,
+        batch_tokens: int = 4096,
+        buffer_batches: int = 16,
+        seed: int = 0,
+    ) -> None:
+        self.stream = stream
+        self.buffer = MixingBuffer(batch_tokens, buffer_batches, seed)
 
-class MixingBuffer:
-    """A full room of tokens: what comes in takes the places of randomly chosen ones that go out."""
+    def __iter__(self) -> "Feed":
+        return self
 
-    def __init__(self, num_tokens: int, d_in: int, seed: int) -> None:
-        self._room = torch.empty(num_tokens, d_in)
-        self._filled = 0
-        self._generator = torch.Generator().manual_seed(seed)
+    def __next__(self) -> TokenBatch:
+        self._fill()
+        return self.buffer.take()
 
-    def exchange(self, tokens: Float[Tensor, "tokens d_in"]) -> Float[Tensor, "out d_in"]:
-        """Put tokens in; return as many as there was no more room for, drawn from all places."""
-        free = min(len(self._room) - self._filled, len(tokens))
-        self._room[self._filled : self._filled + free] = tokens[:free]
-        self._filled += free
-        out = [self._swap(part) for part in tokens[free:].split(len(self._room))]
-        return torch.cat(out) if out else tokens[:0]
+    def sample(self) -> TokenBatch:
+        """Return a room full of tokens without taking any out: to estimate scales and means."""
+        self._fill()
+        return self.buffer.contents()
 
-    def _swap(self, tokens: Float[Tensor, "tokens d_in"]) -> Float[Tensor, "tokens d_in"]:
-        places = torch.randperm(len(self._room), generator=self._generator)[: len(tokens)]
-        out = self._room[places]
-        self._room[places] = tokens
-        return out
+    def state_dict(self) -> dict[str, Any]:
+        """Return where stream and buffer stand."""
+        assert isinstance(self.stream, ActivationStream)
+        return {"stream": self.stream.state_dict(), "buffer": self.buffer.state_dict()}
 
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from where a feed of the same making stood."""
+        assert isinstance(self.stream, ActivationStream)
+        self.stream.load_state_dict(state["stream"])
+        self.buffer.load_state_dict(state["buffer"])
 
-def activation_batches(
-    model: LanguageModel,
-    instances: Sequence[Instance],
-    hook_point: HookPoint,
-    *,
-    rows_per_batch: int,
-    buffer_tokens: int,
-    tokens_per_forward: int = 8192,
-    seed: int = 0,
-) -> Iterator[Float[Tensor, "{rows_per_batch} d_in"]]:
-    """Yield mixed activations for ever, each pass over the instances in another order."""
-    rng = np.random.default_rng(seed)
-    buffer: MixingBuffer | None = None
-    waiting: list[Tensor] = []
-    num_waiting = 0
-    while True:
-        for group in length_buckets(instances, tokens_per_forward, rng):
-            tokens = read_instances(model, [instances[row] for row in group], hook_point)
-            buffer = buffer or MixingBuffer(buffer_tokens, tokens.shape[1], seed)
-            mixed = buffer.exchange(tokens)
-            waiting.append(mixed)
-            num_waiting += len(mixed)
-            if num_waiting >= rows_per_batch:
-                *batches, rest = torch.cat(waiting).split(rows_per_batch)
-                if len(rest) == rows_per_batch:
-                    batches, rest = [*batches, rest], rest[:0]
-                yield from batches
-                waiting, num_waiting = [rest], len(rest)
+    def _fill(self) -> None:
+        while not self.buffer.is_full:
+            self.buffer.put(next(self.stream))

@@ -24,9 +24,10 @@ from sae_ray.chat import ChatTokenizer, Conversation, Unreadable
 from sae_ray.chat import Kind as TokenKind
 from sae_ray.errors import ModelError
 from sae_ray.lm import LanguageModel
-from sae_ray.sae.activations import read_instances
+from sae_ray.sae.activations import read_sequences
 from sae_ray.sae.encoder import LatentEncoder
 from sae_ray.sae.pretrained import resolve
+from sae_ray.sae.sequences import instance_of
 
 Kind = Literal["conversation", "word", "token", "unlabelled"]
 Concept = tuple[str, ...]
@@ -245,7 +246,7 @@ def read_tagged(
         if isinstance(tokens, Unreadable) or not (tokens.kinds == TokenKind.CONTENT).any():
             continue
         content = np.flatnonzero(tokens.kinds == TokenKind.CONTENT)
-        x = read_instances(model, [tokens.ids], encoder.hook_point)
+        x = read_sequences(model, [instance_of(tokens.ids)])[encoder.hook_point].float()
         with torch.inference_mode():
             latents = encoder.encode(x[torch.from_numpy(content)]).numpy()
         offsets, concepts = _concepts_of_tokens(tokenizer, row)

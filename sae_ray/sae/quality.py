@@ -10,8 +10,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae_ray.lm import LanguageModel
-from sae_ray.sae.activations import Instance, length_buckets, read_instances
+from sae_ray.sae.activations import read_sequences
 from sae_ray.sae.encoder import LatentEncoder
+from sae_ray.sae.sequences import Lanes, length_buckets
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -28,15 +29,15 @@ class Quality:
     num_tokens: int
 
 
-def measure_sae(lm_path: Path, sae_path: Path, instances: Sequence[Instance]) -> Quality:
+def measure_sae(lm_path: Path, sae_path: Path, instances: Sequence[Lanes]) -> Quality:
     """Measure a SAE folder on instances of its model."""
     encoder = LatentEncoder.load(sae_path)
     model = LanguageModel.load(lm_path, [encoder.hook_point])
-    groups = length_buckets(instances, 8192, np.random.default_rng(0))
+    groups = length_buckets([len(one) for one in instances], 8192, np.random.default_rng(0))
     return measure(
         encoder,
         (
-            read_instances(model, [instances[i] for i in group], encoder.hook_point)
+            read_sequences(model, [instances[i] for i in group])[encoder.hook_point].float()
             for group in groups
         ),
     )
