@@ -46,7 +46,7 @@ def main(config: Config) -> int:
         require_empty(config.out)
         if (request := refine(curator, request, input, print)) is None:
             return 0
-    manifest = curator.curate(request, config.out)
+    manifest = curator.curate(request, config.out, {"strict": True} if config.strict else None)
     for warning in manifest.warnings:
         print(f"warning: {warning}")
     counts = manifest.extra

@@ -12,7 +12,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +27,7 @@ from sae_ray.artifacts import (
     finish,
     hash_file,
     inspect,
+    locate,
     open_artifact,
     write_atomically,
 )
@@ -47,8 +48,9 @@ from sae_ray.curate.score import Scores, contributions, score_pool
 from sae_ray.curate.select import Quota, Selection, candidates_needed, select
 from sae_ray.curate.sources import locate_source
 from sae_ray.errors import ConfigError, ModelError, PoolError
+from sae_ray.explain.command import Flags, next_flags, next_folder
 from sae_ray.explain.page import fill_page
-from sae_ray.explain.report import render
+from sae_ray.explain.report import Refine, render
 from sae_ray.pool import plan, read
 from sae_ray.sae.labels import read_labels
 from sae_ray.threads import one_thread
@@ -67,7 +69,7 @@ class Outcome:
     scores: Scores
     budget_examples: int
     contaminated: dict[str, list[str]]
-    """Evaluation source -> ids of selected rows that share a 13-gram with it."""
+    """Evaluation source -> ids of selected rows that repeat a piece of it."""
     pseudo_queries: list[Conversation]
     """What a model wrote, for the next run to start from."""
 
@@ -82,13 +84,14 @@ class Outcome:
         missing = self.budget_examples - len(self.selection.rows)
         if missing > 0:
             found.append(
-                f"{missing} of {self.budget_examples} rows are missing: among the best candidates "
-                "the others nearly copy a chosen row, pass the quota or do not fit budget_tokens"
+                f"{missing} of {self.budget_examples} rows are missing: every other row of the "
+                "pool nearly copies a chosen one, passes the quota or does not fit budget_tokens"
             )
         for source, ids in self.contaminated.items():
             if ids:
                 found.append(
-                    f"{len(ids)} selected rows share a 13-gram with {source}: {ids[0]}, ..."
+                    f"{len(ids)} selected rows repeat what {source} holds ({_a_few(ids)}): drop "
+                    "them before you measure with it"
                 )
         return found
 
@@ -97,9 +100,8 @@ class Curator:
     """An index, its labels and its SAE's decoder, ready for descriptions."""
 
     def __init__(self, index: FeatureIndex, labels: str | None = None) -> None:
-        self.index = index
+        self.index, self._labels_given = index, labels
         self.labels = _labels_of(locate_source("sae", index.source("sae")), labels)
-
         self._written: dict[tuple[str, str, str], list[Conversation]] = {}
 
     @cached_property
@@ -114,11 +116,14 @@ class Curator:
                 f"budget_examples={request.budget_examples} but the pool holds "
                 f"{self.index.num_rows} readable rows: ask for at most as many"
             )
+        quota = self._quota(request)
+        evaluation = {source: _conversations(source) for source in request.evaluation}
+        examples = self._score(_conversations(request.examples))
         pseudo_queries = self._pseudo_queries(request)
         profile = build_profile(
             request.task,
             self.index,
-            examples=self._score(_conversations(request.examples)),
+            examples=examples,
             keep=request.keep,
             drop=request.drop,
             pseudo_queries=self._score(pseudo_queries),
@@ -138,20 +143,25 @@ class Curator:
             request.budget_examples,
             budget_tokens=request.budget_tokens,
             selector=request.selector,
-            quota=self._quota(request),
+            quota=quota,
         )
         if not len(selection.rows):
             raise ConfigError(
                 f"budget_tokens={request.budget_tokens} holds no row: the best has "
                 f"{int(self.index.n_tokens[scores.order(1)].sum())} tokens; raise it"
             )
-        leaks = self._contaminated(request, selection)
+        leaks = contaminated(self.index.conversations(selection.rows), evaluation)
         budget = request.budget_examples
         return Outcome(profile, selection, scores, budget, leaks, pseudo_queries)
 
     @one_thread()
-    def curate(self, request: Request, path: str) -> Manifest:
+    def curate(self, request: Request, path: str, flags: Flags | None = None) -> Manifest:
         """Answer a request into a folder, unless that is done.
+
+        Args:
+            request: what is asked.
+            path: the folder.
+            flags: of the command that asks, beside the request's own: the page's next has them too.
 
         Raises:
             TaskError, ConfigError: the request cannot be answered.
@@ -169,9 +179,12 @@ class Curator:
         copy_rejected(self.index, path)
         if outcome.pseudo_queries:
             write_pseudo_queries(f"{path}/pseudo_queries.jsonl", outcome.pseudo_queries)
-        report = fill_page(
-            self.index, request, outcome, rows, self.labels, path, datetime.now(UTC).date()
-        )
+        again = next_flags(request, self.index.path, path)
+        own = {"labels": self._labels_given} if self._labels_given else {}
+        again |= {**self.index.moved, **own, **(flags or {})}
+        refine = Refine(again, next_folder(path))
+        today = datetime.now(UTC).date()
+        report = fill_page(self.index, request, outcome, rows, self.labels, refine, today)
         write_atomically(f"{path}/report.html", render(report).encode("utf-8", "replace"))
         counts: dict[str, JsonValue] = {
             "num_rows": len(rows),
@@ -179,6 +192,7 @@ class Curator:
             "num_rejected": self.index.manifest.extra["num_rejected"],
             "abstained": outcome.profile.abstained,
             "num_near_duplicates": outcome.selection.num_near_duplicates,
+            "num_over_quota": outcome.selection.num_over_quota,
             "contaminated": {name: len(ids) for name, ids in outcome.contaminated.items()},
         }
         return finish(path, counts, outcome.warnings())
@@ -196,7 +210,7 @@ class Curator:
         """Return hashes of all that the answer is made from."""
         named = {"examples": request.examples, "pseudo_queries": request.pseudo_queries}
         named |= {f"evaluation {one}": one for one in request.evaluation}
-        files = {n: hash_file(p).sha256 for n, p in named.items() if p and Path(p).is_file()}
+        files = {n: hash_file(p).sha256 for n, p in named.items() if p and _is_file(p)}
         labels = json.dumps(sorted(self.labels.items())).encode()
         return {
             "index": self.index.manifest.content_hash,
@@ -211,10 +225,16 @@ class Curator:
         )
 
     def _score(self, conversations: list[Conversation]) -> IndexBlock | None:
-        """Read conversations from outside the pool."""
+        """Read conversations from outside the pool; every one counts."""
         if not conversations:
             return None
-        return self.index.scorer(conversations, range(len(conversations))).block
+        scored = self.index.scorer(conversations, range(len(conversations)))
+        for i, reason in scored.unreadable.items():
+            raise PoolError(
+                f"{conversations[i].id}, an example or pseudo-query, cannot be read ({reason}): "
+                "mend or remove it"
+            )
+        return scored.block
 
     def _pseudo_queries(self, request: Request) -> list[Conversation]:
         """Read what a model wrote, or ask it; the same is asked once, whatever the round."""
@@ -249,14 +269,6 @@ class Curator:
             )
         return Quota(self.index.column(request.quota_column), request.quota)
 
-    def _contaminated(self, request: Request, selection: Selection) -> dict[str, list[str]]:
-        if not request.evaluation:
-            return {}
-        texts = {
-            source: [one.text() for one in _conversations(source)] for source in request.evaluation
-        }
-        return contaminated(self.index.conversations(selection.rows), texts)
-
 
 def _conversations(source: str | None) -> list[Conversation]:
     """Read Parquet or JSONL in any form that a pool may have; every row must be readable."""
@@ -269,6 +281,15 @@ def _conversations(source: str | None) -> list[Conversation]:
             f"({rejected[0].reason}): every row of such a file counts; mend or remove them"
         )
     return [one for piece in pieces for one in piece.conversations]
+
+
+def _is_file(path: str) -> bool:
+    fs, root = locate(path)
+    return fs.isfile(root)
+
+
+def _a_few(ids: Sequence[str]) -> str:
+    return ", ".join(ids[:3]) + ", ..." * (len(ids) > 3)
 
 
 def _labels_of(sae: str, given: str | None) -> Mapping[int, str]:

@@ -1,5 +1,6 @@
 """Filling the curation page: from an index and an outcome to what the report shows."""
 
+import dataclasses
 import datetime
 import random
 from collections import defaultdict
@@ -10,6 +11,7 @@ import numpy as np
 
 from sae_ray.curate.block import IndexBlock
 from sae_ray.curate.concepts import rows_on
+from sae_ray.curate.duplicates import num_copies
 from sae_ray.curate.index import FeatureIndex
 from sae_ray.curate.output import SelectedRow, explain_rows
 from sae_ray.curate.profile import ProfileLatent
@@ -22,6 +24,7 @@ from sae_ray.explain.report import (
     Candidate,
     CurationReport,
     LatentCard,
+    NearCopies,
     Notice,
     Reason,
     Refine,
@@ -36,6 +39,8 @@ if TYPE_CHECKING:
 
 NUM_RANDOM = 8
 CONTEXTS = 4
+NUM_SAMPLED = 1000
+"""Rows of the pool among which near-copies are counted."""
 _SEED = 0
 
 
@@ -44,7 +49,7 @@ class _Page:
 
     def __init__(self, index: FeatureIndex, outcome: "Outcome", labels: Mapping[int, str]) -> None:
         self.index, self.outcome, self.labels = index, outcome, labels
-        self.sources = index.column("source") if "source" in index.kept_columns else None
+        self.columns = {name: index.column(name) for name in index.kept_columns}
         self.thresholds = index.stats.on_threshold
 
     def rows(self, explained: Sequence[SelectedRow], *, ranked: bool) -> list[ShownRow]:
@@ -64,7 +69,7 @@ class _Page:
                     turns=turns,
                     n_tokens=one.n_tokens,
                     rank=rank + 1 if ranked else None,
-                    source=self.sources[one.row] if self.sources else None,
+                    source=" · ".join(v for c in self.columns.values() if (v := c[one.row])),
                     reasons=[Reason(r.latent, r.label, r.weight, r.tokens) for r in one.reasons],
                 )
             )
@@ -111,6 +116,14 @@ class _Page:
             return self.outcome.scores.candidates.take([place[row] for row in rows])
         return self.index.take(rows)
 
+    def near_copies(self) -> NearCopies:
+        """Count near-copies in a sample of the pool, and those that the selection met."""
+        num = min(NUM_SAMPLED, self.index.num_rows)
+        sample = np.linspace(0, self.index.num_rows - 1, num).astype(np.int64)
+        texts = [one.text() for one in self.index.conversations(sample)]
+        met = self.outcome.selection.num_near_duplicates
+        return NearCopies(num, num_copies(texts), len(self.outcome.selection.rows), met)
+
     def _contexts(self, latents: Sequence[int]) -> dict[int, list[Context]]:
         """Find where latents are strongest among the background rows."""
         maxes = self.index.background.pooled("max").tocsc()[:, list(latents)].tocsc()
@@ -148,10 +161,10 @@ def fill_page(
     outcome: "Outcome",
     rows: Sequence[SelectedRow],
     labels: Mapping[int, str],
-    path: str,
+    refine: Refine,
     today: datetime.date,
 ) -> CurationReport:
-    """Gather what the page says of one request."""
+    """Gather what the page says of one request; `refine` says how the next command begins."""
     page = _Page(index, outcome, labels)
     selection, scores = outcome.selection, outcome.scores
     chosen = np.zeros(index.num_rows, dtype=bool)
@@ -174,9 +187,8 @@ def fill_page(
         ),
         prompt_tokens=histogram(index.n_tokens[:, 0], chosen, log=True),
         response_tokens=histogram(index.n_tokens[:, 1], chosen, log=True),
-        refine=Refine(
-            settings=_next_settings(index, request, path),
-            out=_next_path(path),
+        refine=dataclasses.replace(
+            refine,
             candidates=[
                 Candidate(row, "top" if i < NUM_TOP else "undecided")
                 for i, row in enumerate(page.explain(judged))
@@ -184,9 +196,9 @@ def fill_page(
             kept=request.keep,
             dropped=request.drop,
         ),
-        sources=shares(page.sources, chosen) if page.sources else [],
-        near_duplicates=None,
-        notices=_notices(index, outcome),
+        columns={name: shares(column, chosen) for name, column in page.columns.items()},
+        near_copies=page.near_copies(),
+        notices=_notices(index, request, outcome),
         provenance={
             "index": index.manifest.content_hash,
             "model": index.source("lm"),
@@ -202,39 +214,7 @@ def _budget(request: Request) -> str:
     return text + (f", {request.budget_tokens:,} tokens" if request.budget_tokens else "")
 
 
-def _next_settings(index: FeatureIndex, request: Request, path: str) -> dict[str, str]:
-    """Return the flags that make the same request again."""
-    flags = {"task": request.task, "index": index.path}
-    flags |= {role: name for role, name in index.moved.items()}
-    flags["budget_examples"] = str(request.budget_examples)
-    for name in (
-        "budget_tokens",
-        "examples",
-        "pseudo_queries",
-        "quota",
-        "quota_column",
-    ):
-        value = getattr(request, name)
-        if value is not None:
-            flags[name] = str(value)
-    if request.pseudo_url is not None:  # what it wrote this time, rather than something else
-        flags["pseudo_queries"] = f"{path}/pseudo_queries.jsonl"
-    if request.scorer != "fused":
-        flags["scorer"] = request.scorer
-    if request.selector != "greedy":
-        flags["selector"] = request.selector
-    if request.evaluation:
-        flags["evaluation"] = ",".join(request.evaluation)
-    return flags
-
-
-def _next_path(path: str) -> str:
-    """Return the next round's folder: maths -> maths-2 -> maths-3."""
-    head, dash, tail = path.rstrip("/").rpartition("-")
-    return f"{head}-{int(tail) + 1}" if dash and tail.isdecimal() else f"{path.rstrip('/')}-2"
-
-
-def _notices(index: FeatureIndex, outcome: "Outcome") -> list[Notice]:
+def _notices(index: FeatureIndex, request: Request, outcome: "Outcome") -> list[Notice]:
     notices = [Notice("stop", "Unsure", text) for text in outcome.profile.why]
     notices += [
         Notice("caution", "Look twice", text)
@@ -255,7 +235,7 @@ def _notices(index: FeatureIndex, outcome: "Outcome") -> list[Notice]:
                 "note", "Truncated rows", f"{truncated} rows are longer than what was read of them"
             )
         )
-    if near := outcome.selection.num_near_duplicates:
-        text = f"{near} were passed over, each nearly the same as one that was chosen"
-        notices.append(Notice("note", "Near-copies", text))
+    if gave_way := outcome.selection.num_over_quota:
+        text = f"{gave_way} rows gave way, so that no {request.quota_column} has over "
+        notices.append(Notice("note", "Quota", f"{text}{request.quota:.0%} of the selection"))
     return notices

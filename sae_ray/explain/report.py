@@ -87,6 +87,7 @@ class ShownRow:
     rank: int | None = None
     """Place in the selection, from 1; None for a row that is not in it."""
     source: str | None = None
+    """What the pool's columns that were kept for display say of it."""
     reasons: Sequence[Reason] = ()
 
 
@@ -102,7 +103,7 @@ class Candidate:
 class Refine:
     """What the reader is asked, and the command that the answers compose."""
 
-    settings: Mapping[str, str]
+    settings: command.Flags
     """Flags of the next run but `keep`, `drop` and `out`: `{"task": ..., "index": ...}`."""
     out: str
     """Where the next run writes."""
@@ -130,6 +131,19 @@ class Share:
     name: str
     pool: float
     selection: float
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class NearCopies:
+    """How many rows nearly repeat another."""
+
+    num_sampled: int
+    """Rows spread evenly over the pool."""
+    num_in_sample: int
+    """Of these, rows that nearly repeat another of them."""
+    num_selected: int
+    num_passed_over: int
+    """Rows that were not chosen since each nearly repeats one that was."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -163,10 +177,9 @@ class CurationReport:
     prompt_tokens: Histogram
     response_tokens: Histogram
     refine: Refine
-    sources: Sequence[Share] = ()
-    """Empty where the pool names no sources."""
-    near_duplicates: Share | None = None
-    """Share of rows that nearly repeat another one."""
+    columns: Mapping[str, Sequence[Share]] = dataclasses.field(default_factory=dict)
+    """The pool's columns that were kept for display, such as `source`, by value."""
+    near_copies: NearCopies | None = None
     notices: Sequence[Notice] = ()
     provenance: Mapping[str, str] = dataclasses.field(default_factory=dict)
     config: Mapping[str, JsonValue] = dataclasses.field(default_factory=dict)

@@ -15,3 +15,9 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> Planted:
 def absorbed(tmp_path_factory: pytest.TempPathFactory) -> Planted:
     """The same where a child latent fires instead of its parent in 30 % of a task's rows."""
     return plant(tmp_path_factory.mktemp("absorbed") / "index", absorbed=0.3)
+
+
+@pytest.fixture(scope="session")
+def repetitive(tmp_path_factory: pytest.TempPathFactory) -> Planted:
+    """The same where half of the rows nearly copy an earlier one."""
+    return plant(tmp_path_factory.mktemp("repetitive") / "index", copied=0.5)

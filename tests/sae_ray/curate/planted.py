@@ -48,8 +48,18 @@ class Planted:
         return float(relevant[best].mean())
 
 
-def plant(path: Path, *, absorbed: float = 0.0, seed: int = 0, named: float = 0.3) -> Planted:
-    """Write an index in which the tasks' latents, directions and (in some rows) words are known."""
+def plant(
+    path: Path,
+    *,
+    absorbed: float = 0.0,
+    seed: int = 0,
+    named: float = 0.3,
+    copied: float = 0.0,
+) -> Planted:
+    """Write an index in which the tasks' latents, directions and (in some rows) words are known.
+
+    Of the rows, the share `copied` says what an earlier row says, but for one word or for none.
+    """
     rng = np.random.default_rng(seed)
     task = np.where(rng.random(NUM_ROWS) < SHARE * len(TASKS), rng.integers(3, size=NUM_ROWS), -1)
     n_tokens = np.stack([rng.integers(4, 200, NUM_ROWS), rng.integers(0, 60, NUM_ROWS)], axis=1)
@@ -57,6 +67,9 @@ def plant(path: Path, *, absorbed: float = 0.0, seed: int = 0, named: float = 0.
     directions = rng.normal(size=(len(TASKS), D_IN))
     hidden = rng.normal(size=(NUM_ROWS, D_IN)) + np.where(task[:, None] >= 0, directions[task], 0)
     texts = [_text(rng, TASKS[one] if one >= 0 and rng.random() < named else None) for one in task]
+    for row in np.flatnonzero(rng.random(NUM_ROWS) < copied)[1:]:
+        question, answer = texts[rng.integers(row)]
+        texts[row] = (question, answer if rng.random() < 0.5 else f"{answer} {row}")
     decoder = rng.normal(size=(D_SAE, D_IN)).astype(np.float32)
     for parent in PARENTS.values():
         decoder[parent + 1] = decoder[parent] + 0.3 * rng.normal(size=D_IN)

@@ -21,6 +21,7 @@ from sae_ray.explain.report import (
     CurationReport,
     Histogram,
     LatentCard,
+    NearCopies,
     Notice,
     Reason,
     Refine,
@@ -115,8 +116,8 @@ def report(
         prompt_tokens=lengths,
         response_tokens=lengths,
         refine=refine or Refine({"task": task, "index": "runs/index"}, "runs/sums-2"),
-        sources=[Share("gsm", 0.25, 0.75)],
-        near_duplicates=Share("Rows that nearly repeat another", 0.125, 0.5),
+        columns={"source": [Share("gsm", 0.25, 0.75)]},
+        near_copies=NearCopies(40, 5, 4, 3),
         notices=[Notice("stop", "It abstained.", "The words and the model disagree.")],
         provenance={"SAE": "blocks.2, 2,048 latents"},
         config={"scorer": "fused", "seed": 17},
@@ -145,8 +146,7 @@ def hostile(text: str) -> CurationReport:
         index=text,
         random=[bad],
         latents=[LatentCard(3, 1.0, text, {text: 1.0}, 0.5, [Context(text, shaded)])],
-        sources=[Share(text, 0.5, 0.5)],
-        near_duplicates=Share(text, 0.5, 0.5),
+        columns={text: [Share(text, 0.5, 0.5)]},
         notices=[Notice("note", text, text)],
         provenance={text: text},
         config={text: text},
@@ -165,7 +165,13 @@ def test_everything_in_the_report_is_on_the_page():
     expected = ["Do sums.", "30 of 40 rows", "4 examples", "321", "1,234", "3 March 2026"]
     expected += ["It abstained.", "The words and the model disagree.", "sums", "“one”", "2.50"]
     expected += ["-1.00", "3.1 %", "lexical 1.00", "counted together with 8", "what is one?"]
-    expected += ["lowest chosen: 0.850", "gsm", "75 %", "12 % of the pool, 50 % of the selection"]
+    expected += [
+        "lowest chosen: 0.850",
+        "gsm",
+        "75 %",
+        "5 (12 %) nearly repeat another",
+        "3 were passed",
+    ]
     expected += ["drawn at random", "+0.40", "blocks.2, 2,048 latents", "scorer: fused", "seed: 17"]
     expected += ["asked-1", "is this one?", "asked-2"]
     expected += [f"question {i}" for i in range(30)] + [f"r{i}" for i in range(30)]
@@ -222,7 +228,7 @@ def test_links_inside_the_page_lead_somewhere():
 def test_a_report_of_nothing_is_still_a_page():
     nothing = histogram(np.zeros(0), np.zeros(0, dtype=bool))
     empty = dataclasses.replace(
-        report(selected=[]), random=[], latents=[], sources=[], near_duplicates=None, notices=[],
+        report(selected=[]), random=[], latents=[], columns={}, near_copies=None, notices=[],
         scores=nothing, prompt_tokens=nothing, response_tokens=nothing, provenance={}, config={},
     )  # fmt: skip
     assert "0 of 40 rows" in Page(render(empty)).text
