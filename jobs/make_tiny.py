@@ -1,7 +1,6 @@
 #!/usr/bin/env python
 """Make the embedded default: data, tiny language model, SAE, latent labels and their card."""
 
-import dataclasses
 import logging
 import sys
 from collections.abc import Iterable
@@ -58,7 +57,7 @@ def make(config: Config, lm: Path, sae: Path, labels: Path) -> None:
     if not labels.exists():
         label_sae(lm, sae, seen, unseen, labels, how=card.HOW_LABELLED)
     quality = measure_sae(lm, sae, list(map(instance_of, material.encode_chats(unseen))))
-    figures = {"sae": dataclasses.asdict(quality), "sae_steps": config.sae_steps}
+    figures = {"sae": quality.headline(), "sae_steps": config.sae_steps}
     card.write_figures(config.out, figures | recipe.figures(config.out, material, config.lm_steps))
 
 

@@ -6,7 +6,7 @@
       ├── ModelError       model, tokenizer, hook point and SAE do not fit each other
       ├── ArtifactError    a folder on disk is not what it is taken for, or cannot be written
       ├── TaskError        a task is empty, or cannot be told from the rest of the pool
-      ├── WorkError        a worker or the cluster failed
+      ├── WorkError        a worker failed at work that it names, or the cluster did
       └── TrainingError    a training cannot go on: a loss is no number, or has blown up
 
 What a user can cause is one of these. Each message has three parts: what was given, what is

@@ -11,6 +11,7 @@ This module knows neither conversations nor SAEs.
 
 import contextlib
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -135,7 +136,7 @@ class LanguageModel:
             require_layer(hook_point, config, path)
         keep_layers(config, max(1, *(point.num_layers for point in hook_points)))
         try:
-            with _quiet_loading():
+            with quiet_loading():
                 model, info = AutoModel.from_pretrained(
                     str(path),
                     config=config,
@@ -179,45 +180,50 @@ class LanguageModel:
         seen: dict[HookPoint, Tensor] = {}
         with contextlib.ExitStack() as stack:
             for point in self.hook_points:
-                stack.enter_context(self._hook(point, seen.setdefault))
+                visit = functools.partial(seen.setdefault, point)
+                stack.enter_context(visiting(self.model, self.family, point, visit))
             self.model(input_ids=ids, use_cache=False)
         return seen
 
-    @contextlib.contextmanager
-    def _hook(
-        self, point: HookPoint, keep: Callable[[HookPoint, Tensor], object]
-    ) -> Iterator[None]:
-        layers = self.model.get_submodule(self.family.layers)
-        assert isinstance(layers, nn.ModuleList)
-        # What enters the first layer left out leaves the last one, into a norm without effect.
-        place = self.family.final_norm if point.layer == len(layers) else ""
-        layer = self.model.get_submodule(place or f"{self.family.layers}.{point.layer}")
 
-        def keep_input(_module: nn.Module, args: tuple, kwargs: dict) -> None:
-            keep(point, args[0] if args else kwargs["hidden_states"])
+@contextlib.contextmanager
+def visiting(
+    model: nn.Module, family: Family, point: HookPoint, visit: Callable[[Tensor], Tensor]
+) -> Iterator[None]:
+    """Let `visit` see the activations at a hook point; the model goes on with what it returns."""
+    layers = model.get_submodule(family.layers)
+    assert isinstance(layers, nn.ModuleList)
+    # What enters the first layer left out leaves the last one, into a norm without effect.
+    place = family.final_norm if point.layer == len(layers) else ""
+    layer = model.get_submodule(place or f"{family.layers}.{point.layer}")
 
-        def keep_output(_module: nn.Module, _args: object, output: Tensor | tuple) -> None:
-            keep(point, output[0] if isinstance(output, tuple) else output)
+    def visit_input(_module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        if args:
+            return (visit(args[0]), *args[1:]), kwargs
+        return args, kwargs | {"hidden_states": visit(kwargs["hidden_states"])}
 
-        match point.site:
-            case "resid_pre":
-                handle = layer.register_forward_pre_hook(keep_input, with_kwargs=True)
-            case "z":
-                module = layer.get_submodule(self.family.out_proj)
-                handle = module.register_forward_pre_hook(keep_input, with_kwargs=True)
-            case "attn_out" | "mlp_out" as site:
-                module = layer.get_submodule(getattr(self.family, site))
-                handle = module.register_forward_hook(keep_output)
-            case "resid_post":
-                handle = layer.register_forward_hook(keep_output)
-        try:
-            yield
-        finally:
-            handle.remove()
+    def visit_output(_module: nn.Module, _args: object, output: Tensor | tuple) -> Tensor | tuple:
+        return (visit(output[0]), *output[1:]) if isinstance(output, tuple) else visit(output)
+
+    match point.site:
+        case "resid_pre":
+            handle = layer.register_forward_pre_hook(visit_input, with_kwargs=True)
+        case "z":
+            module = layer.get_submodule(family.out_proj)
+            handle = module.register_forward_pre_hook(visit_input, with_kwargs=True)
+        case "attn_out" | "mlp_out" as site:
+            module = layer.get_submodule(getattr(family, site))
+            handle = module.register_forward_hook(visit_output)
+        case "resid_post":
+            handle = layer.register_forward_hook(visit_output)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @contextlib.contextmanager
-def _quiet_loading() -> Iterator[None]:
+def quiet_loading() -> Iterator[None]:
     """Keep transformers from reporting the layers that are left out on purpose."""
     level, bar = (
         transformers_logging.get_verbosity(),

@@ -163,8 +163,14 @@ class LatentEncoder:
 
     def reconstruct(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
         """Return what is left of `x` when it is encoded and decoded, fp32."""
+        return self.decode(self.encode(x), x)
+
+    def decode(
+        self, latents: Float[Tensor, "*batch d_sae"], x: Float[Tensor, "*batch d_in"]
+    ) -> Float[Tensor, "*batch d_in"]:
+        """Return what latents stand for, in the scale of the `x` that they were read from."""
         assert not self.is_transcoder, "a transcoder writes elsewhere than it reads"
-        x_hat = self.encode(x) @ self.W_dec + self.b_dec
+        x_hat = latents @ self.W_dec + self.b_dec
         x = x.float()
         match self.input_norm:
             case "none":

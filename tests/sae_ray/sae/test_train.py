@@ -93,8 +93,7 @@ def test_every_architecture_learns_what_is_planted(trained) -> None:
 
 def test_what_is_saved_reads_activations_in_the_models_own_scale(trained) -> None:
     one, folder, steps = trained
-    batches = [batch.activations[POINT] for batch in itertools.islice(planted(1), 10)]
-    quality = measure(LatentEncoder.load(folder), batches)
+    quality = measure(LatentEncoder.load(folder), itertools.islice(planted(1), 10))
     last = steps[-1].saes[one.name]
     assert quality.fvu == pytest.approx(last.fvu, abs=0.05)
     assert quality.l0 == pytest.approx(last.l0, rel=0.35)

@@ -1,0 +1,146 @@
+"""A whole language model with its activations replaced on the way: what a SAE's errors cost it."""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Int
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from sae_ray.errors import ModelError
+from sae_ray.lm import (
+    DTypeName,
+    HookPoint,
+    family_of,
+    load_config,
+    quiet_loading,
+    require_layer,
+    visiting,
+)
+from sae_ray.sae.encoder import LatentEncoder
+from sae_ray.sae.sequences import TOKEN, Lanes
+
+Edit = Callable[[Tensor], Tensor]
+"""Takes activations [batch, seq, d_in] and returns what the model goes on with."""
+
+
+class WholeModel:
+    """A causal language model, head included, that can be edited at hook points."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.family = family_of(model.config)
+
+    @classmethod
+    def load(
+        cls, path: str | Path, *, dtype: DTypeName = "float32", device: str | torch.device = "cpu"
+    ) -> "WholeModel":
+        """Load all of a model from safetensors.
+
+        Raises:
+            ModelError: there is no such model, or none of a family that is known.
+        """
+        config = load_config(path)
+        family_of(config)
+        try:
+            with quiet_loading():
+                model = AutoModelForCausalLM.from_pretrained(
+                    str(path),
+                    config=config,
+                    dtype=getattr(torch, dtype),
+                    use_safetensors=True,
+                    trust_remote_code=False,
+                )
+        except (OSError, ValueError, SafetensorError) as error:
+            raise ModelError(
+                f"cannot load the weights of {path}: {str(error).splitlines()[0]}; weights are "
+                "read from safetensors only (convert .bin files with save_pretrained)"
+            ) from error
+        return cls(model.to(device))
+
+    @torch.inference_mode()
+    def logits(
+        self, ids: Int[Tensor, "batch seq"], edits: Mapping[HookPoint, Edit] | None = None
+    ) -> Float[Tensor, "batch seq vocab"]:
+        """Run right-padded ids, each edit applied at its hook point."""
+        with contextlib.ExitStack() as stack:
+            for point, edit in (edits or {}).items():
+                require_layer(point, self.model.config, self.model.name_or_path)
+                stack.enter_context(visiting(self.model.base_model, self.family, point, edit))
+            return self.model(input_ids=ids.to(self.model.device), use_cache=False).logits
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Recovered:
+    """What splicing a SAE in costs the model, beside what losing the activations does."""
+
+    ce: float
+    """Loss of the next token, as the model is."""
+    ce_spliced: float
+    ce_zero: float
+    """With zeros in the place of the activations."""
+    kl: float
+    """Of the model as it is from the model with the SAE in it."""
+    kl_zero: float
+    num_tokens: int
+
+    @property
+    def ce_recovered(self) -> float:
+        """1 where nothing is lost, 0 where as much as with zeros."""
+        return (self.ce_zero - self.ce_spliced) / (self.ce_zero - self.ce)
+
+    @property
+    def kl_recovered(self) -> float:
+        """1 where nothing is lost, 0 where as much as with zeros."""
+        return (self.kl_zero - self.kl) / self.kl_zero
+
+
+def recovered(
+    model: WholeModel, encoder: LatentEncoder, batches: Iterable[Sequence[Lanes]]
+) -> Recovered:
+    """Measure losses with a SAE in the whole model, over batches of sequences.
+
+    Raises:
+        ModelError: it is a transcoder, which does not give back what it reads.
+    """
+    if encoder.is_transcoder:
+        raise ModelError("a transcoder cannot be spliced in where it reads: give a SAE")
+
+    def splice(x: Tensor) -> Tensor:
+        return encoder.reconstruct(x).to(x.dtype)
+
+    edits = [None, {encoder.hook_point: splice}, {encoder.hook_point: torch.zeros_like}]
+    sums = torch.zeros(5, dtype=torch.float64)
+    num_predicted = num_tokens = 0
+    for sequences in batches:
+        ids, real = _padded(sequences)
+        clean, *others = (model.logits(ids, edit).float().log_softmax(-1).cpu() for edit in edits)
+        predicts = real[:, 1:]
+        losses = [_losses(one, ids)[predicts].double().sum() for one in (clean, *others)]
+        divergences = [_divergence(clean, one)[real].double().sum() for one in others]
+        sums += torch.stack([*losses, *divergences])
+        num_predicted += int(predicts.sum())
+        num_tokens += int(real.sum())
+    counts = torch.tensor([num_predicted] * 3 + [num_tokens] * 2)
+    return Recovered(*(sums / counts).tolist(), num_tokens=num_tokens)
+
+
+def _padded(sequences: Sequence[Lanes]) -> tuple[Tensor, Tensor]:
+    lengths = torch.tensor([len(one) for one in sequences])
+    real = torch.arange(int(lengths.max())) < lengths.unsqueeze(1)
+    ids = torch.zeros(real.shape, dtype=torch.long)
+    for row, one in enumerate(sequences):
+        ids[row, : len(one)] = torch.from_numpy(one[:, TOKEN])
+    return ids, real
+
+
+def _losses(log_probs: Tensor, ids: Tensor) -> Float[Tensor, "batch seq_less_1"]:
+    return -log_probs[:, :-1].gather(-1, ids[:, 1:, None]).squeeze(-1)
+
+
+def _divergence(clean: Tensor, other: Tensor) -> Float[Tensor, "batch seq"]:
+    return (clean.exp() * (clean - other)).sum(-1)
