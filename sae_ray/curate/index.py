@@ -12,12 +12,13 @@ the index, 0 to num_rows - 1.
 """
 
 import dataclasses
+import shutil
 import tempfile
+import weakref
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import accumulate
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -32,6 +33,7 @@ from sae_ray.curate.block import MEANS_ONLY, SEGMENTS, IndexBlock
 from sae_ray.curate.lexical import LexicalIndex
 from sae_ray.curate.scorer import LatentScorer, ScorerConfig
 from sae_ray.curate.sources import ROLES, Role, describe_source, locate_source, require_source
+from sae_ray.storage import explain_storage
 
 KIND = "feature-index"
 FEATURES_ONLY = [*MEANS_ONLY, *(f"{s}_{name}" for s in SEGMENTS for name in ("peak", "count"))]
@@ -235,10 +237,11 @@ class FeatureIndex:
         fs, root = locate(self.path)
         if isinstance(fs, LocalFileSystem):
             return LexicalIndex(f"{root}/lexical.sqlite", self.num_rows)
-        self._copy = tempfile.TemporaryDirectory(prefix="sae-ray-")
-        local = Path(self._copy.name) / "lexical.sqlite"
-        fs.get_file(f"{root}/lexical.sqlite", str(local))
-        return LexicalIndex(local, self.num_rows)
+        folder = tempfile.mkdtemp(prefix="sae-ray-")
+        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        with explain_storage(self.path):
+            fs.get_file(f"{root}/lexical.sqlite", f"{folder}/lexical.sqlite")
+        return LexicalIndex(f"{folder}/lexical.sqlite", self.num_rows)
 
     def _take(self, rows: np.ndarray, columns: Sequence[str]) -> pa.Table:
         assert self._light.num_rows == self.num_rows

@@ -12,9 +12,11 @@ import psutil
 import pytest
 
 from sae_ray.artifacts import content_hash
-from sae_ray.curate.index import KIND
+from sae_ray.curate.index import KIND, FeatureIndex
+from sae_ray.curate.request import Request
 from sae_ray.curate.settings import IndexSettings
 from sae_ray.distributed.data import build_index
+from sae_ray.explain.curation import Curator
 
 ROOT = Path(__file__).parent.parent.parent
 NUM_SHARDS = 60
@@ -29,12 +31,20 @@ def settings(tiny_settings: IndexSettings) -> IndexSettings:
     return tiny_settings.model_copy(update={"rows_per_shard": 1, "num_workers": 2})
 
 
+def answer(index: Path) -> tuple[str, bytes]:
+    """Return the content hash of an index and what is selected from it."""
+    request = Request(task="Write songs for the piano", budget_examples=20)
+    Curator(FeatureIndex(str(index))).curate(request, f"{index}-selection")
+    selection = Path(f"{index}-selection/selection.parquet").read_bytes()
+    return content_hash(str(index), KIND), selection
+
+
 @pytest.fixture
-def expected(settings: IndexSettings, tmp_path: Path) -> str:
-    """The content hash that an undisturbed run gives."""
-    path = str(tmp_path / "expected")
-    list(build_index(settings.model_copy(update={"num_workers": 0}), path))
-    return content_hash(path, KIND)
+def expected(settings: IndexSettings, tmp_path: Path) -> tuple[str, bytes]:
+    """What an undisturbed run gives."""
+    path = tmp_path / "expected"
+    list(build_index(settings.model_copy(update={"num_workers": 0}), str(path)))
+    return answer(path)
 
 
 def command(settings: IndexSettings, out: Path) -> list[str]:
@@ -61,7 +71,9 @@ def wait_until(condition: Callable[[], bool], process: subprocess.Popen[bytes]) 
         time.sleep(0.02)
 
 
-def test_killed_and_started_again(settings: IndexSettings, expected: str, tmp_path: Path) -> None:
+def test_killed_and_started_again(
+    settings: IndexSettings, expected: tuple[str, bytes], tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     process = start(command(settings, out))
     wait_until(lambda: num_parts(out) >= 5, process)
@@ -71,11 +83,11 @@ def test_killed_and_started_again(settings: IndexSettings, expected: str, tmp_pa
     assert 5 <= there < NUM_SHARDS
     assert not (out / "manifest.json").exists()
     subprocess.run(command(settings, out), check=True, capture_output=True, timeout=DEADLINE_S)
-    assert content_hash(str(out), KIND) == expected
+    assert answer(out) == expected
 
 
 def test_a_killed_worker_is_replaced(
-    settings: IndexSettings, expected: str, tmp_path: Path
+    settings: IndexSettings, expected: tuple[str, bytes], tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
     process = start(command(settings, out))
@@ -88,7 +100,7 @@ def test_a_killed_worker_is_replaced(
     assert workers
     workers[0].kill()
     assert process.wait(timeout=DEADLINE_S) == 0
-    assert content_hash(str(out), KIND) == expected
+    assert answer(out) == expected
 
 
 TWO_NODES = """
@@ -125,11 +137,11 @@ sys.exit(code)
 
 @pytest.mark.parametrize("what", ["keep", "lose"])
 def test_two_nodes_give_the_same_bytes_even_when_one_is_lost(
-    settings: IndexSettings, expected: str, tmp_path: Path, what: str
+    settings: IndexSettings, expected: tuple[str, bytes], tmp_path: Path, what: str
 ) -> None:
     out = tmp_path / "out"
     script = tmp_path / "two_nodes.py"
     script.write_text(TWO_NODES.format(root=str(ROOT)))
     line = [sys.executable, str(script), str(out), what, *command(settings, out)[2:]]
     subprocess.run(line, check=True, capture_output=True, timeout=DEADLINE_S)
-    assert content_hash(str(out), KIND) == expected
+    assert answer(out) == expected

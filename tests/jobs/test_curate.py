@@ -1,12 +1,14 @@
 import json
+import threading
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 
 from jobs import curate, index
-from sae_ray.artifacts import content_hash, verify
+from sae_ray.artifacts import content_hash, read_file, verify
 from sae_ray.config import run_job
 from sae_ray.explain.curation import KIND
 
@@ -207,3 +209,67 @@ def test_judging_at_the_prompt_changes_what_is_written(
     assert "there is no row 99" in shown
     profile = json.loads((tmp_path / "out/profile.json").read_text())
     assert len(profile["keep"]) == len(profile["drop"]) == 1
+
+
+def test_a_taken_folder_is_refused_before_a_person_judges_anything(
+    world: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def never(_: str) -> str:
+        raise AssertionError("a person was asked")
+
+    monkeypatch.setattr("builtins.input", never)
+    assert run(world, tmp_path / "out") == 0
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes/mine.txt").write_text("x")
+    for taken in ("out", "notes"):
+        assert run(world, tmp_path / taken, "--interactive") == 2
+        assert f"{taken} holds" in capsys.readouterr().err
+
+
+def test_a_model_is_asked_once_for_all_rounds(
+    world: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = 0
+
+    class Endpoint(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            nonlocal asked
+            asked += 1
+            written = json.dumps([{"prompt": "piano chord song", "response": "voice"}])
+            body = json.dumps({"choices": [{"message": {"content": written}}]}).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: object) -> None: ...
+
+    replies = iter(["+1", "", "w"])
+    monkeypatch.setattr("builtins.input", lambda _: next(replies))
+    with ThreadingHTTPServer(("127.0.0.1", 0), Endpoint) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"--pseudo_url=http://127.0.0.1:{server.server_port}/v1"
+        assert run(world, tmp_path / "out", "--interactive", url, "--pseudo_model=any") == 0
+        server.shutdown()
+    assert asked == 1
+
+
+def test_index_selection_and_page_may_lie_on_s3(
+    world: dict[str, str], tmp_path: Path, s3_folder: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import s3fs  # noqa: PLC0415 - only where S3 is tested
+
+    assert run(world, tmp_path / "here") == 0
+    s3fs.S3FileSystem().put(world["index"], f"{s3_folder}/index", recursive=True)
+    line = [f"--task={TASK}", "--budget_examples=12", f"--index={s3_folder}/index"]
+    line += [f"--out={s3_folder}/out"]
+    for _ in range(2):  # the second time, it is there
+        assert run_job(curate.main, curate.Config, line) == 0
+    assert "12 rows (1 of the pool rejected)" in capsys.readouterr().out
+    there = read_file(f"{s3_folder}/out/selection.parquet")
+    assert there == (tmp_path / "here/selection.parquet").read_bytes()
+    assert TASK.encode() in read_file(f"{s3_folder}/out/report.html")
+    verify(f"{s3_folder}/out")

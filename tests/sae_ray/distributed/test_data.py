@@ -5,17 +5,22 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from sae_ray.artifacts import content_hash
-from sae_ray.curate.index import KIND
+from sae_ray.artifacts import content_hash, read_file
+from sae_ray.curate.index import KIND, FeatureIndex
+from sae_ray.curate.request import Request
 from sae_ray.curate.settings import IndexSettings
 from sae_ray.distributed.data import build_index
 from sae_ray.errors import ModelError, WorkError
+from sae_ray.explain.curation import Curator
 
 
-def built(settings: IndexSettings, path: str, num_workers: int) -> str:
+def built(settings: IndexSettings, path: str, num_workers: int) -> tuple[str, bytes]:
+    """Return the content hash of an index and what is selected from it."""
     steps = list(build_index(settings.model_copy(update={"num_workers": num_workers}), path))
     assert [step.shards for step in steps] == [1, 2, 3, 4]
-    return content_hash(path, KIND)
+    request = Request(task="Write songs for the piano", budget_examples=20)
+    Curator(FeatureIndex(path)).curate(request, f"{path}-selection")
+    return content_hash(path, KIND), read_file(f"{path}-selection/selection.parquet")
 
 
 def test_any_number_of_workers_gives_the_same_bytes(
