@@ -29,6 +29,8 @@ def main(config: Config) -> None:
     """Build the index and say where it is."""
     watch(build_index(config, config.out))
     manifest = open_artifact(config.out, KIND)
+    for warning in manifest.warnings:
+        print(f"warning: {warning}")
     counts = manifest.extra
     print(
         f"{config.out}: {counts['num_rows']:,} rows, {counts['num_tokens']:,} tokens, "

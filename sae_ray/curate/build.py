@@ -8,7 +8,6 @@ This module does not know how shards are given to workers.
 
 import dataclasses
 import json
-import logging
 import sqlite3
 import tempfile
 from collections import Counter
@@ -33,8 +32,6 @@ from sae_ray.pool import Slice, read
 from sae_ray.rows import Rejected, count_reasons
 from sae_ray.storage import explain_storage
 
-logger = logging.getLogger(__name__)
-
 BACKGROUND_ROWS = 2048
 ON_QUANTILE = 0.8
 """A latent is on in a row if its mean is among the top fifth of the pool's."""
@@ -46,6 +43,14 @@ _MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]
 _REJECTED = pa.schema(
     [("row", pa.int64()), ("id", pa.string()), ("reason", pa.string()), ("excerpt", pa.string())]
 )
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+    """How well the SAE fits the model, as far as it was judged."""
+
+    unexplained_variance: float | None = None
+    warning: str | None = None
 
 
 def write_shard(
@@ -71,9 +76,7 @@ def write_shard(
     if (part := read_part(path, piece.index)) is not None:
         return part
     rows = read(piece, keep_columns=keep_columns)
-    unexplained = None
-    if piece.index == 0:
-        unexplained = _check_fit(scorer, rows.conversations, fit_slices)
+    fit = _check_fit(scorer, rows.conversations, fit_slices) if piece.index == 0 else Fit()
     scored = scorer(rows.conversations, rows.rows)
     rejected = [
         *rows.rejected,
@@ -94,7 +97,7 @@ def write_shard(
     part = {
         "shard": piece.index,
         "record": record.model_dump(),
-        "unexplained_variance": unexplained,
+        "fit": dataclasses.asdict(fit),
         "num_rows": table.num_rows,
         "num_tokens": int(scored.block.n_tokens.sum()) + scored.template_tokens,
         "template_latents": on_template.tolist(),
@@ -105,24 +108,19 @@ def write_shard(
     return part
 
 
-def _check_fit(
-    scorer: LatentScorer, first: Sequence[Conversation], slices: Sequence[Slice]
-) -> float | None:
-    """Hold the SAE against the first rows that hold enough; None if there are none."""
+def _check_fit(scorer: LatentScorer, first: Sequence[Conversation], slices: Sequence[Slice]) -> Fit:
+    """Hold the SAE against the first rows that hold enough."""
     if scorer.encoder.is_transcoder:
-        return None
+        return Fit()
     later = (one for piece in slices for one in read(piece).conversations)
     rows = chain(first, later)
     while some := list(islice(rows, FIT_ROWS)):
         if (unexplained := scorer.check_fit(some)) is not None:
-            return unexplained
-    logger.warning(
-        "whether the SAE fits the model was not judged: no %d of the pool's first rows hold %d "
-        "tokens",
-        FIT_ROWS,
-        MIN_FIT_TOKENS,
+            return Fit(unexplained)
+    return Fit(
+        warning=f"whether the SAE fits the model was not judged: no {FIT_ROWS} of the pool's first "
+        f"rows hold {MIN_FIT_TOKENS} tokens"
     )
-    return None
 
 
 def read_part(path: str, shard: int) -> dict | None:
@@ -183,8 +181,9 @@ def finish_index(
     }
     counts["rejected"] = dict(count_reasons(rejected).items())
     counts["columns"] = list(columns)
-    counts["unexplained_variance"] = parts[0].get("unexplained_variance")
-    return finish(path, counts, known=known)
+    fit = Fit(**parts[0].get("fit", {}))
+    counts["unexplained_variance"] = fit.unexplained_variance
+    return finish(path, counts, [fit.warning] if fit.warning else [], known)
 
 
 def _num_bytes(path: str) -> int:

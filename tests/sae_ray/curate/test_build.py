@@ -147,8 +147,10 @@ def test_how_well_a_sae_fits_does_not_depend_on_the_cut_of_the_pool(
 
 
 def test_a_pool_too_small_to_judge_the_sae_is_said(
-    tiny_settings: IndexSettings, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tiny_settings: IndexSettings, tmp_path: Path
 ) -> None:
+    path = str(tmp_path / "index")
     Path(tiny_settings.pool_source).write_text('{"prompt": "a", "completion": "b"}\n')
-    list(build_index(tiny_settings, str(tmp_path / "index")))
-    assert "whether the SAE fits the model was not judged" in caplog.text
+    list(build_index(tiny_settings, path))
+    (warning,) = open_artifact(path, KIND).warnings
+    assert "whether the SAE fits the model was not judged" in warning

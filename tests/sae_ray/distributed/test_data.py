@@ -54,7 +54,6 @@ def test_a_fault_in_a_worker_is_told_at_once_with_its_rows(
     tiny_tokenizer: PreTrainedTokenizerFast,
     tmp_path: Path,
     ray_cluster: None,
-    caplog: pytest.LogCaptureFixture,
 ) -> None:
     # A tokenizer of another model: some of its ids are past the embedding.
     lm = shutil.copytree(str(tiny_settings.lm), tmp_path / "lm")
@@ -64,4 +63,3 @@ def test_a_fault_in_a_worker_is_told_at_once_with_its_rows(
     wrong = tiny_settings.model_copy(update={"lm": str(lm), "num_workers": 1})
     with pytest.raises(WorkError, match=r"shard \d \(rows \d+ to \d+ of the pool\).*IndexError"):
         list(build_index(wrong, str(tmp_path / "index")))
-    assert "the cluster failed" not in caplog.text
