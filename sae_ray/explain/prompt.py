@@ -33,23 +33,28 @@ def refine(
         for number, row in enumerate(rows, start=1):
             said = " ".join(row.conversation.text().split())
             say(f"{number:3}. {said[:_SHOWN_CHARS]}")
+        if not rows:
+            say("no other row is left to judge")
         try:
             reply = ask(f"{HELP}\n> ").strip()
         except EOFError:
             reply = "q"
-        if reply in ("w", "q"):
-            return request if reply == "w" else None
-        judged = {"+": list(request.keep), "-": list(request.drop)}
+        if reply == "w":
+            return request
+        if reply == "q":
+            say("left without writing")
+            return None
+        judged: dict[str, str] = {}
         if reply and not _JUDGED.search(reply):
             say(f"{reply!r} judges nothing: write +3 to keep row 3, -3 to drop it")
         for sign, number in _JUDGED.findall(reply):
             if 1 <= int(number) <= len(rows):
-                judged[sign].append(rows[int(number) - 1].conversation.id)
+                judged[rows[int(number) - 1].conversation.id] = sign
             else:
                 say(f"there is no row {number}: give 1 to {len(rows)}")
         request = request.model_copy(
             update={
-                "keep": tuple(dict.fromkeys(judged["+"])),
-                "drop": tuple(one for one in dict.fromkeys(judged["-"]) if one not in judged["+"]),
+                "keep": (*request.keep, *(one for one, sign in judged.items() if sign == "+")),
+                "drop": (*request.drop, *(one for one, sign in judged.items() if sign == "-")),
             }
         )

@@ -221,7 +221,9 @@ def shares(
     selection = Counter(name for name, is_chosen in zip(names, chosen, strict=True) if is_chosen)
     num_selected = max(1, selection.total())
     foremost = sorted(pool, key=lambda name: (-selection[name], -pool[name], name))[:most]
-    listed = [Share(n, pool[n] / len(names), selection[n] / num_selected) for n in foremost]
+    listed = [
+        Share(n or "(none)", pool[n] / len(names), selection[n] / num_selected) for n in foremost
+    ]
     if num_others := len(pool) - len(foremost):
         rest = (1 - sum(s.pool for s in listed), 1 - sum(s.selection for s in listed))
         listed.append(Share(f"{num_others:,} others", max(0.0, rest[0]), max(0.0, rest[1])))
