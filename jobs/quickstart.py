@@ -9,7 +9,7 @@ from pydantic import Field
 from sae_ray.config import require_absolute_inside_ray_job, run_job
 from sae_ray.curate.index import FeatureIndex
 from sae_ray.curate.output import preview
-from sae_ray.curate.request import Request
+from sae_ray.curate.request import Request, Task
 from sae_ray.curate.settings import IndexSettings
 from sae_ray.distributed.data import ensure_index
 from sae_ray.distributed.progress import watch
@@ -26,7 +26,7 @@ class Config(IndexSettings):
     Everything lands under out/NAME; a second task over the embedded pool reuses its index.
     """
 
-    task: str = "Put numbers in order from small to large"
+    task: Task = "Put numbers in order from small to large"
     """What a model should get good at, in a sentence."""
     name: str = Field(default="quickstart", pattern=r"^\w[\w.-]*$")
     """Name of this run: letters, digits, dots, dashes and underscores."""

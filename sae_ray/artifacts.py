@@ -83,6 +83,8 @@ class Run(BaseModel):
 
     def differences(self, other: "Run", *, so_far: bool = False) -> list[str]:
         """Name each setting and parent that two runs do not share; `so_far` those known here."""
+        if self.kind != other.kind:
+            return [f"kind: {other.kind!r} there, {self.kind!r} here"]
         mine, theirs = self._flat(), other._flat()
         return [
             f"{name}: {other._shown(name)} there, {self._shown(name)} here"
@@ -92,7 +94,7 @@ class Run(BaseModel):
 
     def _flat(self) -> dict[str, JsonValue]:
         parents = {f"parent {role}": value for role, value in self.parents.items()}
-        return {"kind": self.kind, **self.config, **parents}
+        return {**self.config, **parents}
 
     def _shown(self, name: str) -> str:
         source = self.sources.get(name.removeprefix("parent "))

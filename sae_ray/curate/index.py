@@ -11,8 +11,10 @@ A new description costs one pass over the shards and no model. Rows are numbered
 the index, 0 to num_rows - 1.
 """
 
+import contextlib
 import dataclasses
 import shutil
+import sqlite3
 import tempfile
 import weakref
 from bisect import bisect_right
@@ -25,6 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 from jaxtyping import Float32, Int32
+from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors
 
 from sae_ray.artifacts import Manifest, Source, locate, open_artifact, read_file
@@ -33,6 +36,7 @@ from sae_ray.curate.block import MEANS_ONLY, SEGMENTS, IndexBlock
 from sae_ray.curate.lexical import LexicalIndex
 from sae_ray.curate.scorer import LatentScorer, ScorerConfig
 from sae_ray.curate.sources import ROLES, Role, describe_source, locate_source, require_source
+from sae_ray.errors import ArtifactError
 from sae_ray.storage import explain_storage
 
 KIND = "feature-index"
@@ -42,6 +46,18 @@ FEATURES_ONLY = [*MEANS_ONLY, *(f"{s}_{name}" for s in SEGMENTS for name in ("pe
 def shard_name(shard: int) -> str:
     """Return the name of a shard's file in the index."""
     return f"shards/{shard:05d}.parquet"
+
+
+@contextlib.contextmanager
+def _whole(path: str) -> Iterator[None]:
+    """Turn a file that is lost or damaged into an error that says what to do."""
+    try:
+        yield
+    except (FileNotFoundError, SafetensorError, pa.ArrowException, sqlite3.Error) as error:
+        raise ArtifactError(
+            f"the index {path} has lost a file, or one is damaged ({error}): delete the index and "
+            "make it again"
+        ) from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +92,7 @@ class Shards:
         """Stream tables of these columns, a shard at a time."""
         fs, root = locate(self.path)
         for shard in range(self.num_shards):
-            with fs.open(f"{root}/{shard_name(shard)}", "rb") as file:
+            with _whole(self.path), fs.open(f"{root}/{shard_name(shard)}", "rb") as file:
                 table = pq.read_table(file, columns=list({"row": 0, **dict.fromkeys(columns)}))
             yield self._without_excluded(table)
 
@@ -92,7 +108,7 @@ class Shards:
     def take(self, shard: int, positions: Sequence[int], columns: Sequence[str]) -> pa.Table:
         """Read some rows of one shard, and no row group in which there are none."""
         fs, root = locate(self.path)
-        with fs.open(f"{root}/{shard_name(shard)}", "rb") as opened:
+        with _whole(self.path), fs.open(f"{root}/{shard_name(shard)}", "rb") as opened:
             file = pq.ParquetFile(opened)
             positions = self._physical(file, positions)
             ends = list(
@@ -151,7 +167,8 @@ class FeatureIndex:
             int(extra[name])  # pyright: ignore[reportArgumentType]
             for name in ("num_rows", "d_sae", "d_in")
         )
-        tensors = load_tensors(self._bytes("stats.safetensors"))
+        with _whole(path):
+            tensors = load_tensors(self._bytes("stats.safetensors"))
         excluded = frozenset(tensors.pop("excluded").tolist())
         self.stats = LatentStats(**tensors)
         self._shards = Shards(path, int(extra["num_shards"]), self.d_sae, excluded)  # pyright: ignore
@@ -176,7 +193,8 @@ class FeatureIndex:
     @cached_property
     def background(self) -> IndexBlock:
         """Return rows sampled evenly over the pool."""
-        table = pq.read_table(pa.BufferReader(self._bytes("background.parquet")))
+        with _whole(self.path):
+            table = pq.read_table(pa.BufferReader(self._bytes("background.parquet")))
         return IndexBlock.from_table(table, self.d_sae)
 
     def blocks(self, *, means_only: bool = False) -> Iterator[IndexBlock]:
@@ -236,10 +254,11 @@ class FeatureIndex:
     def _lexical(self) -> LexicalIndex:
         fs, root = locate(self.path)
         if isinstance(fs, LocalFileSystem):
-            return LexicalIndex(f"{root}/lexical.sqlite", self.num_rows)
+            with _whole(self.path):
+                return LexicalIndex(f"{root}/lexical.sqlite", self.num_rows)
         folder = tempfile.mkdtemp(prefix="sae-ray-")
         weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
-        with explain_storage(self.path):
+        with _whole(self.path), explain_storage(self.path):
             fs.get_file(f"{root}/lexical.sqlite", f"{folder}/lexical.sqlite")
         return LexicalIndex(f"{folder}/lexical.sqlite", self.num_rows)
 

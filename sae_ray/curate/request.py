@@ -1,9 +1,24 @@
 """Request: one description, a budget, and what a person added to them."""
 
-from pydantic import BaseModel, ConfigDict, Field
+from typing import Annotated
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from sae_ray.curate.score import ScorerName
 from sae_ray.curate.select import SelectorName
+
+
+def require_task(task: str) -> str:
+    """Return a task, refusing one that says nothing or is no text."""
+    if not task.strip():
+        raise ValueError("the task is empty: say in a sentence what a model should get good at")
+    if "\0" in task or task != task.encode("utf-8", "replace").decode():
+        raise ValueError("the task holds a NUL or half a character: write it as plain UTF-8 text")
+    return task
+
+
+Task = Annotated[str, AfterValidator(require_task)]
+"""What a model should get good at, in a sentence."""
 
 
 class Request(BaseModel):
@@ -11,7 +26,7 @@ class Request(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
-    task: str
+    task: Task
     """What a model should get good at, in a sentence."""
     budget_examples: int = Field(default=500, ge=1)
     """Rows to select."""

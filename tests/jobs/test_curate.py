@@ -124,6 +124,9 @@ def test_another_request_does_not_overwrite_an_answer(
     ("flags", "says"),
     [
         (["--task="], "task is empty"),
+        (["--task= \t", "--budget_examples=500"], "task is empty"),
+        (["--task=\ud800 piano"], "half a character"),
+        (["--task=\0 piano"], "holds a NUL"),
         (["--budget_examples=62"], "61 readable rows"),
         (["--keep=row-1", "--drop=row-1"], "is in keep and in drop"),
         (["--keep=row_1"], "row-1"),

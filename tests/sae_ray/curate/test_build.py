@@ -110,13 +110,15 @@ def test_a_pool_is_not_unpacked_again_for_a_finished_index(
     assert sorted(path.rglob("*")) == before
 
 
-@pytest.mark.parametrize("other", ["bread", KIND])
+@pytest.mark.parametrize(
+    ("other", "says"), [("bread", "kind: 'bread' there"), (KIND, "max_tokens: 64 there, 2048 here")]
+)
 def test_a_pool_is_not_unpacked_into_the_folder_of_another_run(
-    packed: IndexSettings, tmp_path: Path, other: str
+    packed: IndexSettings, tmp_path: Path, other: str, says: str
 ) -> None:
     path = tmp_path / "index"
     begin(str(path), other, {**packed.identity(), "max_tokens": 64})
-    with pytest.raises(ArtifactError, match="max_tokens: 64 there, 2048 here"):
+    with pytest.raises(ArtifactError, match=says):
         list(build_index(packed, str(path)))
     assert [file.name for file in path.iterdir()] == ["run.json"]
 

@@ -138,6 +138,27 @@ def test_a_pool_with_too_many_bad_rows_is_refused(
         list(build_index(with_lines(tiny_settings, ["{"] * 40), str(tmp_path / "index")))
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["shards/00001.parquet", "background.parquet", "stats.safetensors", "lexical.sqlite"],
+)
+@pytest.mark.parametrize("content", [None, b"junk"])
+def test_a_lost_or_damaged_file_is_told_in_one_line(
+    index: FeatureIndex, name: str, content: bytes | None
+) -> None:
+    file = Path(index.path) / name
+    file.unlink()
+    if content is not None:
+        file.write_bytes(content)
+
+    def read_all() -> None:
+        opened = FeatureIndex(index.path)
+        _ = opened.background, opened.ids, opened.lexical_scores("piano")
+
+    with pytest.raises(ArtifactError, match=f"{index.path}.*make it again"):
+        read_all()
+
+
 def test_an_unfinished_index_is_not_opened(tiny_settings: IndexSettings, tmp_path: Path) -> None:
     path = str(tmp_path / "index")
     steps = build_index(tiny_settings, path)
