@@ -24,12 +24,15 @@ from sae_lens import (
     TopKTrainingSAEConfig,
     TrainingSAE,
 )
-from sae_lens.saes.sae import SAEMetadata, TrainStepInput
+from sae_lens.saes.sae import SAEMetadata, TrainStepInput, TrainStepOutput
 from torch import Tensor
 
 from sae_ray.sae.kept import KeptLatents
 from sae_ray.sae.recipe import Recipe, SAESpec
 from sae_ray.sae.sparse_training import SparseBatchTopK, SparseMatryoshka, SparseTopK
+
+_DENSE_BYTES = {"cpu": 2**22}
+"""Dense latents at a time. Many passes go over them: twice as fast where they stay in a cache."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -71,8 +74,24 @@ class Learner:
     def gradients(self, x: Float[Tensor, "batch d_in"], step: int) -> Tally:
         """Compute the gradients of a batch."""
         x = x.to(self.sae.dtype) * self.scale
+        self.optimiser.zero_grad(set_to_none=True)
+        sums = torch.zeros(2, dtype=x.dtype, device=x.device)
+        fired = torch.zeros(self.spec.d_sae, dtype=x.dtype, device=x.device)
+        for part in x.split(self._rows_at_once):
+            output = self._forward(part, step)
+            # Losses are means over tokens.
+            loss = output.loss * (len(part) / len(x))
+            loss.backward()
+            with torch.no_grad():
+                error = (output.sae_out - part).square().sum() / len(x)
+                sums += torch.stack([loss, error])
+                fired += _counts(output.feature_acts) / len(x)
+        variance = x.var(dim=0, correction=0).sum()
+        return Tally(torch.cat([sums, torch.stack([variance, fired.sum()])]), fired)
+
+    def _forward(self, x: Float[Tensor, "rows d_in"], step: int) -> TrainStepOutput:
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self._autocasts):
-            output = self.sae.training_forward_pass(
+            return self.sae.training_forward_pass(
                 TrainStepInput(
                     sae_in=x,
                     coefficients=self._coefficients(step),
@@ -81,10 +100,14 @@ class Learner:
                     is_logging_step=False,
                 )
             )
-        self.optimiser.zero_grad(set_to_none=True)
-        output.loss.backward()
-        with torch.no_grad():
-            return _tally(x, output.sae_out, output.feature_acts, output.loss)
+
+    @property
+    def _rows_at_once(self) -> int:
+        """Few enough rows of dense latents for the cache; kept latents are never dense."""
+        if isinstance(self.sae, SparseTopK):
+            return self.recipe.batch_tokens
+        room = _DENSE_BYTES.get(self.tokens_off.device.type, 2**31)
+        return max(128, room // (4 * self.spec.d_sae))
 
     def shared(self, tally: Tally) -> list[Tensor]:
         """Return what workers have to average, in place, so that they stay the same."""
@@ -181,13 +204,9 @@ def new_sae(spec: SAESpec, recipe: Recipe, d_in: int) -> TrainingSAE[Any]:
     return sae
 
 
-def _tally(x: Tensor, x_hat: Tensor, latents: Tensor | KeptLatents, loss: Tensor) -> Tally:
+def _counts(latents: Tensor | KeptLatents) -> Tensor:
+    """Return how many rows each latent is on in."""
     if isinstance(latents, KeptLatents):
         on = latents.pattern.columns[latents.values > 0]
-        fired = torch.bincount(on, minlength=latents.pattern.d_sae)
-    else:
-        fired = (latents > 0).sum(dim=0)
-    fired = fired / len(x)
-    error = (x_hat - x).square().sum() / len(x)
-    figures = torch.stack([loss, error, x.var(dim=0, correction=0).sum(), fired.sum()])
-    return Tally(figures.to(x.dtype), fired.to(x.dtype))
+        return torch.bincount(on, minlength=latents.pattern.d_sae)
+    return (latents > 0).sum(dim=0)

@@ -7,6 +7,7 @@ and the largest kept. Losses, auxiliary loss, threshold and saving are sae-lens'
 This module imports sae-lens, which takes 8 s: import it where it is used.
 """
 
+import functools
 import math
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -21,8 +22,11 @@ from sae_ray.sae.kept import KeptAffine, KeptLatents, Pattern
 _CHUNK_BYTES = {"cpu": 2**20, "cuda": 2**28}
 """Pre-activations at a time: what fits a core's cache, or a little of a GPU's memory."""
 
-_MARGIN = 1.3
+_MARGIN = 1.15
 """Candidates for one that is kept, where they are found in less than full precision."""
+
+_SPARE = 1.3
+"""Candidates for one that is kept, where a floor under them is estimated from a few rows."""
 
 
 class SparseTopK(TopKTrainingSAE):
@@ -148,7 +152,7 @@ class SparseBatchTopK(SparseTopK, BatchTopKTrainingSAE):  # pyright: ignore
         ranks = next(self._pre_activations(centred))
         # Rounding may put what is just above zero just below.
         least = 0.0 if self._finds_exactly else -0.02 * float(ranks.float().std())
-        num = math.ceil(_MARGIN * self.cfg.k * len(ranks))
+        num = math.ceil(_SPARE * self.cfg.k * len(ranks))
         if num >= ranks.numel():
             return least, least
         return least, max(least, float(ranks.flatten().topk(num, sorted=False).values.min()))
@@ -196,8 +200,9 @@ def largest_columns(ranks: Float[Tensor, "rows columns"], num: int) -> Int64[Ten
     return candidates.gather(1, chosen)
 
 
+@functools.cache
 def _num_groups(columns: int, num: int) -> int:
-    """Choose a divisor of the columns for which both rounds look at few: about their root."""
-    best = math.isqrt(columns * num)
-    divisors = [g for g in range(best, 2 * best) if columns % g == 0 and g > num]
-    return divisors[0] if divisors and columns // divisors[0] > 1 else columns
+    """Choose the divisor of the columns with which both rounds together look at the fewest."""
+    divisors = [g for g in range(num + 1, columns) if columns % g == 0]
+    best = min(divisors, key=lambda groups: groups + num * columns // groups, default=columns)
+    return best if best + num * columns // best < columns else columns

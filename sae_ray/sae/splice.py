@@ -60,7 +60,7 @@ class WholeModel:
                 f"cannot load the weights of {path}: {str(error).splitlines()[0]}; weights are "
                 "read from safetensors only (convert .bin files with save_pretrained)"
             ) from error
-        return cls(model.to(device))
+        return cls(model.to(device))  # pyright: ignore[reportArgumentType]
 
     @torch.inference_mode()
     def logits(
@@ -69,7 +69,7 @@ class WholeModel:
         """Run right-padded ids, each edit applied at its hook point."""
         with contextlib.ExitStack() as stack:
             for point, edit in (edits or {}).items():
-                require_layer(point, self.model.config, self.model.name_or_path)
+                require_layer(point, self.model.config, str(self.model.name_or_path))
                 stack.enter_context(visiting(self.model.base_model, self.family, point, edit))
             return self.model(input_ids=ids.to(self.model.device), use_cache=False).logits
 

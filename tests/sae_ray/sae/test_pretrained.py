@@ -59,6 +59,38 @@ def test_an_older_topk_is_read_as_topk(tmp_path):
     assert ((encoder.encode(torch.randn(9, 6)) > 0).sum(1) <= 3).all()
 
 
+FAST = {
+    "activation_fn_kwargs": {}, "apply_b_dec_to_input": False, "context_size": 2048,
+    "dataset_path": "chats", "dataset_trust_remote_code": True, "finetuning_scaling_factor": False,
+    "hook_head_index": None, "hook_layer": 4, "hook_name": "blocks.4.hook_resid_post",
+    "lr": 7e-05, "model_from_pretrained_kwargs": {}, "model_name": "Qwen/Qwen2.5-0.5B-Instruct",
+    "neuronpedia_id": None, "normalize_activations": "none", "prepend_bos": False,
+    "sae_lens_training_version": "5.3.3", "seqpos_slice": [None],
+}  # fmt: skip
+"""What a folder of FAST's release says: sae-lens 5 wrote settings of the run beside the SAE's."""
+
+
+@pytest.mark.parametrize("architecture", ["standard", "jumprelu"])
+def test_a_folder_of_fasts_release_is_read(tmp_path, architecture):
+    folder = tmp_path / "FAST" / f"blocks_4_hook_resid_post_8X_2048_{architecture}"
+    config = {"architecture": architecture, "d_in": 6, "d_sae": 20, "dtype": "torch.float32"}
+    config |= {"device": "cuda:0", "activation_fn_str": "relu", **FAST}
+    w = weights()
+    if architecture == "jumprelu":
+        w["threshold"] = torch.rand(20)
+    folder.mkdir(parents=True)
+    (folder / "cfg.json").write_text(json.dumps(config))
+    save_file(w, folder / "sae_weights.safetensors")
+    encoder = load_encoder(str(folder))
+    x = torch.randn(50, 6)
+    pre = x @ w["W_enc"] + w["b_enc"]
+    expected = torch.where(pre > w.get("threshold", torch.zeros(20)), pre, 0)
+    torch.testing.assert_close(encoder.encode(x), expected)
+    torch.testing.assert_close(encoder.reconstruct(x), expected @ w["W_dec"] + w["b_dec"])
+    assert str(encoder.hook_point) == "blocks.4.hook_resid_post"
+    assert encoder.model_name == "Qwen/Qwen2.5-0.5B-Instruct"
+
+
 def test_a_current_folder_is_read_in_place_without_sae_lens(tmp_path, home):
     folder = old_folder(tmp_path / "new", metadata={"hook_name": HOOK}, architecture="standard")
     assert resolve(str(folder)) == folder

@@ -154,6 +154,23 @@ def test_a_resumed_training_ends_at_the_same_weights_to_the_bit(compute, tmp_pat
     assert_same_weights(whole, resumed, [one.name for one in specs])
 
 
+@pytest.mark.parametrize("architecture", ["standard", "gated", "jumprelu"])
+def test_a_batch_in_parts_has_the_gradients_of_the_whole(architecture) -> None:
+    one = spec(architecture, d_sae=4096)
+    learner = trainer_of(one).learners[one.name]
+    x = next(planted(0, rows=600)).activations[POINT]
+    assert learner._rows_at_once < 300
+    tally = learner.gradients(x, 200)
+    parts = [gradient.clone() for gradient in learner.shared(tally)[:-2]]
+    learner.optimiser.zero_grad()
+    output = learner._forward(x * learner.scale, 200)
+    output.loss.backward()
+    assert float(tally.figures[0]) == pytest.approx(output.loss.item(), rel=1e-5)
+    for part, whole in zip(parts, learner.shared(tally)[:-2], strict=True):
+        assert whole.abs().max() > 0
+        assert (part - whole).abs().max() <= 1e-5 * whole.abs().max()
+
+
 def test_a_checkpoint_of_another_run_is_refused() -> None:
     state = trainer_of(spec("topk")).state_dict()
     with pytest.raises(ConfigError, match="learning_rate=0.5, but the checkpoint"):
