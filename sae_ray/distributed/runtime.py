@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import logging
 import os
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -49,19 +50,7 @@ def cluster() -> Iterator[None]:
             log_to_driver=False,
         )
     else:
-        try:
-            ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
-        except ConnectionError as error:
-            raise ConfigError(
-                f"no Ray cluster answers at RAY_ADDRESS={address}: start one with `ray start "
-                "--head`, or unset RAY_ADDRESS to run on this machine"
-            ) from error
-        except AuthenticationError as error:
-            raise ConfigError(
-                f"the Ray cluster at RAY_ADDRESS={address} refuses the token ({error.message}): "
-                "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH to the file with the cluster's "
-                "own token"
-            ) from error
+        _join(address)
     _keep_token_private()
     DataContext.get_current().enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
@@ -69,6 +58,33 @@ def cluster() -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _join(address: str) -> None:
+    require_listener(address)
+    try:
+        ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
+    except (ConnectionError, AuthenticationError) as error:
+        # Of a wrong token, Ray says on stderr alone that it is one.
+        raise ConfigError(
+            f"the Ray cluster at RAY_ADDRESS={address} does not let this process in "
+            f"({str(error).splitlines()[0]}): set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH to "
+            "the file with that cluster's token, or unset RAY_ADDRESS to run on this machine"
+        ) from error
+
+
+def require_listener(address: str) -> None:
+    """Refuse an address at which nobody listens, which Ray would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if not port.isdecimal() or "/" in host:
+        return  # `auto`, or Ray Client's address
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except OSError as error:
+        raise ConfigError(
+            f"no Ray cluster answers at RAY_ADDRESS={address} ({error}): start one with `ray start "
+            "--head`, or unset RAY_ADDRESS to run on this machine"
+        ) from error
 
 
 def _keep_token_private() -> None:
