@@ -83,6 +83,14 @@ class _Page:
         explained = explain_rows(self.index, rows, scores, reasons, self.labels)
         return self.rows(explained, ranked=False)
 
+    def at_random(self, rows: Sequence[int], shown: Sequence[ShownRow]) -> list[ShownRow]:
+        """Show rows, shaded by the latents that earned others their place."""
+        latents = dict.fromkeys(reason.latent for row in shown for reason in row.reasons)
+        same = [[(latent, 0.0) for latent in latents]] * len(rows)
+        scores = self.outcome.scores.total[np.asarray(rows, dtype=np.int64)].tolist()
+        explained = explain_rows(self.index, rows, scores, same, self.labels)
+        return [dataclasses.replace(row, reasons=()) for row in self.rows(explained, ranked=False)]
+
     def cards(self) -> list[LatentCard]:
         """Describe the profile's concepts, heaviest first, with their strongest contexts."""
         groups: defaultdict[int, list[ProfileLatent]] = defaultdict(list)
@@ -171,6 +179,7 @@ def fill_page(
     chosen[selection.rows] = True
     sample = random.Random(_SEED).sample(range(index.num_rows), min(NUM_RANDOM, index.num_rows))
     judged = rows_to_show(index, outcome.profile, scores).tolist()
+    selected = page.rows(rows, ranked=True)
     return CurationReport(
         task=outcome.profile.task,
         budget=_budget(request),
@@ -179,8 +188,8 @@ def fill_page(
         num_pool=index.num_rows,
         pool_tokens=int(index.n_tokens.sum()),
         selected_tokens=int(selection.n_tokens.sum()),
-        selected=page.rows(rows, ranked=True),
-        random=page.explain(sample),
+        selected=selected,
+        random=page.at_random(sample, selected[:ROWS_IN_FULL]),
         latents=page.cards(),
         scores=histogram(
             scores.total, chosen, cut=float(selection.scores.min()) if len(rows) else None
@@ -201,11 +210,15 @@ def fill_page(
         notices=_notices(index, request, outcome),
         provenance={
             "index": index.manifest.content_hash,
+            "pool": index.source("pool"),
             "model": index.source("lm"),
             "SAE": index.source("sae"),
             **index.manifest.versions,
         },
-        config=dict(index.manifest.config),
+        config={
+            **index.manifest.config,
+            **request.model_dump(mode="json", exclude={"keep", "drop"}),
+        },
     )
 
 

@@ -71,6 +71,7 @@ class Reason:
     latent: int
     label: str | None
     contribution: float
+    """Its share of what the profile's latents add to the row's score."""
     tokens: Sequence[str] = ()
     """Where it was strongest."""
 
@@ -200,10 +201,9 @@ def histogram(
     finite = np.isfinite(values)
     values, chosen = values[finite], chosen[finite]
     low, high = (float(values.min()), float(values.max())) if len(values) else (0.0, 1.0)
-    if log:  # lengths: 0 and 1 share the first bin
-        low, high = max(low, 1.0), max(high, 2.0)
-        edges = np.geomspace(low, max(high, 2 * low), bins + 1)
-        values = np.maximum(values, low)
+    if log:  # lengths are whole: 0 and 1 share the first bin, and none is narrower than 1
+        low, values = max(low, 1.0), np.maximum(values, 1)
+        edges = np.unique(np.floor(np.geomspace(low, max(high, low) + 1, bins + 1)))
     else:
         ordered, few = np.sort(values), min(_OUTERMOST, len(values) // 100)
         inner = (float(ordered[few]), float(ordered[-1 - few])) if len(values) else (low, high)
@@ -302,6 +302,8 @@ class _View:
         rows = [*report.selected, *report.random, *(c.row for c in report.refine.candidates)]
         self._names = {r.latent: r.label for row in rows for r in row.reasons if r.label}
         self._names |= {card.latent: name for card in cards if (name := _name(card))}
+        again = Counter(self._names.values())
+        self._names |= {n: f"{name} ({n})" for n, name in self._names.items() if again[name] > 1}
         earned: Counter[int] = Counter()
         for reason in (reason for row in self.top for reason in row.reasons):
             earned[reason.latent] += reason.contribution  # pyright: ignore[reportArgumentType]

@@ -60,7 +60,7 @@ def test_near_copies_are_passed_over_and_counted(curator: Curator, tmp_path: Pat
     assert isinstance(passed, int)
     assert passed > 0
     shown = text_of(tmp_path / "out/report.html")
-    assert re.search(r"of 80 rows spread evenly over the pool, (19|20) \(2\d %\) nearly", shown)
+    assert re.search(r"Of 80 rows spread evenly over the pool, (19|20) \(2\d %\) nearly", shown)
     assert f"On the way to the 40 rows chosen, {passed} were passed over" in shown
 
 

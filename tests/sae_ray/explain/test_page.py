@@ -83,6 +83,10 @@ def test_random_rows_are_of_the_whole_pool_and_the_same_each_time(
     assert len({row.id for row in report.random}) == 8
     assert all(row.rank is None for row in report.random)
     assert not {row.id for row in report.random} <= {row.id for row in report.selected}
+    earned = {reason.latent for row in report.selected[:12] for reason in row.reasons}
+    shaded = {p.latent for row in report.random for turn in row.turns for p in turn.pieces}
+    assert 2 < len(shaded - {None}) <= len(earned)
+    assert shaded - {None} <= earned
 
 
 def test_rows_to_judge_start_at_the_top_and_were_not_judged_before(

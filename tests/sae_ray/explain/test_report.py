@@ -172,7 +172,7 @@ def test_everything_in_the_report_is_on_the_page():
         "5 (12 %) nearly repeat another",
         "3 were passed",
     ]
-    expected += ["drawn at random", "+0.40", "blocks.2, 2,048 latents", "scorer: fused", "seed: 17"]
+    expected += ["drawn at random", "40 %", "blocks.2, 2,048 latents", "scorer: fused", "seed: 17"]
     expected += ["asked-1", "is this one?", "asked-2"]
     expected += [f"question {i}" for i in range(30)] + [f"r{i}" for i in range(30)]
     expected += [compose(refine.settings, refine.out, ["earlier"], [])]
@@ -288,12 +288,17 @@ def test_outliers_do_not_squeeze_a_histogram_and_are_counted():
     assert max(counted.pool) < 110
 
 
-@pytest.mark.parametrize("lengths", [[0, 0, 1, 5, 900], [4, 4], [0], [1, 2]])
-def test_a_histogram_of_lengths_has_even_steps_on_a_log_scale(lengths: list[int]):
+@pytest.mark.parametrize("lengths", [[0, 0, 1, 5, 900], [4, 4], [0], [1, 2], range(3, 40)])
+def test_bins_of_lengths_hold_whole_numbers_ever_more_of_them(lengths: Sequence[int]):
     values = np.array(lengths)
     counted = histogram(values, values > 1, bins=6, log=True)
     assert (sum(counted.pool), sum(counted.selection)) == (len(values), int((values > 1).sum()))
-    assert np.allclose(np.diff(np.log(counted.edges), 2), 0)
+    widths = np.diff(counted.edges)
+    assert (widths >= 1).all()
+    assert (widths == np.floor(widths)).all()
+    assert len(widths) <= 6
+    assert (np.diff(widths) >= -1).all()
+    assert widths[-1] == widths.max()
 
 
 def test_shares_list_the_commonest_of_the_selection_and_the_rest_together():
@@ -362,3 +367,16 @@ def test_in_a_browser_ticks_compose_the_command_and_nothing_in_the_data_runs(tmp
     ]
     assert [ticked for _, ticked in done] == [2, 3, 2, 2, 3, 4]
     assert html["class"] == "js"
+
+
+def test_latents_of_one_name_are_told_apart_wherever_they_are_named():
+    cards = [
+        LatentCard(n, 1.0, label, {}, 0.1) for n, label in ((3, "sums"), (8, "sums"), (9, "x"))
+    ]
+    reasons = [Reason(3, "sums", 0.5), Reason(9, "x", 0.25)]
+    selected = [dataclasses.replace(row(f"r{i}", rank=i + 1), reasons=reasons) for i in range(13)]
+    text = Page(render(dataclasses.replace(report(selected=selected), latents=cards))).text
+    for one in ("sums (3) 50 %", "sums (3), x ·", "sums (8)"):
+        assert one in text
+    assert not re.search(r"sums(?! \()", text.replace("Do sums.", "").replace("sums-2", ""))
+    assert "x (9)" not in text
