@@ -4,8 +4,9 @@ All return a score for every row of the pool, higher is better; `top` makes the 
 BM25 is SQLite's, TF-IDF and LSA are scikit-learn's. Methods that need the texts or a whole forward
 of the model are fitted once for a pool.
 
-Sources: RM3, Abdul-Jaleel et al. 2004. RDS+, Ivison et al. 2025, "Large-Scale Data Selection for
-Instruction Tuning". MONA, "Task-Specific Data Selection via Monosemantic Neuronal Activations".
+Sources: RM3, Abdul-Jaleel et al. 2004. DSIR, Xie et al. 2023, "Data Selection for Language Models
+via Importance Resampling". RDS+, Ivison et al. 2025, "Large-Scale Data Selection for Instruction
+Tuning". MONA, "Task-Specific Data Selection via Monosemantic Neuronal Activations".
 """
 
 import re
@@ -15,8 +16,9 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import torch
 from jaxtyping import Float, Float32, Int, Int64
+from scipy import sparse
 from sklearn.decomposition import TruncatedSVD
-from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.feature_extraction.text import HashingVectorizer, TfidfVectorizer
 from transformers import AutoModelForCausalLM
 
 from sae_ray.chat import ChatTokenizer, Conversation, Unreadable
@@ -123,6 +125,37 @@ class DenseText:
         """Return the cosine with the centroid of the first rows by words, weighted."""
         seeds = strongest(lexical, num_seeds, 1.0)
         return self.rows @ unit(seeds.weights.astype(np.float32) @ self.rows[seeds.rows])
+
+
+class HashedNgrams:
+    """DSIR of a pool: counts of words and pairs of words in 10,000 buckets, in memory."""
+
+    def __init__(self, texts: Iterable[str], *, num_buckets: int = 10_000) -> None:
+        hashing = HashingVectorizer(
+            ngram_range=(1, 2),
+            n_features=num_buckets,
+            norm=None,  # pyright: ignore[reportArgumentType] (its stub forgets None)
+            alternate_sign=False,
+        )
+        self.rows: sparse.csr_array = sparse.csr_array(hashing.transform(texts), dtype=np.float32)
+        counts = np.asarray(self.rows.sum(axis=0), dtype=np.float64).ravel()
+        self._pool = (counts + 1) / (counts.sum() + num_buckets)
+
+    def scores(
+        self, lexical: Float32[np.ndarray, " num_rows"], seed: int, num_seeds: int = 40
+    ) -> Float32[np.ndarray, " num_rows"]:
+        """Return log importance weights with Gumbel noise: the best are a draw without replacement.
+
+        log w(d) = Σ_t n_t(d) (log p(t) - log q(t)), q over the pool and p over the first 40 rows by
+        words, weighted and smoothed with one text's worth of q: a sentence has too few n-grams.
+        """
+        seeds = strongest(lexical, num_seeds, 1.0)
+        target = self.rows[seeds.rows].T @ seeds.weights
+        share = target / max(float(target.sum()), 1e-9)
+        ratio = np.log((share + self._pool) / (self._pool * (1 + share.sum())))
+        noise = np.random.default_rng(seed).gumbel(size=len(lexical))
+        weights = self.rows @ ratio + noise
+        return (weights - weights.min() + 1).astype(np.float32)
 
 
 class FinalStates:

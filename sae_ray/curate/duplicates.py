@@ -1,6 +1,6 @@
 """Duplicates: near-copies within a selection, and rows that an evaluation file already holds.
 
-Both compare word n-grams. Near-copies share at least 0.8 of their 5-grams (Jaccard), and a text
+Both compare word n-grams. Near-copies share at least 0.9 of their 5-grams (Jaccard), and a text
 shorter than that is one gram. A row is contaminated when it shares a 13-gram with a conversation
 of an evaluation file, or asks a shorter question of 5 words or more word for word.
 """
@@ -16,7 +16,7 @@ from sae_ray.chat import Conversation
 
 _WORD = re.compile(r"\w+")
 
-NEAR_COPY = 0.8
+NEAR_COPY = 0.9
 SHINGLE_WORDS = 5
 CONTAMINATION_WORDS = 13
 QUESTION_WORDS = 5

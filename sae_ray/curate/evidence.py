@@ -12,8 +12,13 @@ from jaxtyping import Float32, Float64
 from sae_ray.curate.block import IndexBlock
 from sae_ray.curate.concepts import num_clusters
 from sae_ray.curate.index import FeatureIndex
-from sae_ray.curate.seeds import Seeds, query_terms, spellings
+from sae_ray.curate.seeds import Seeds, query_terms, spellings, strongest
 from sae_ray.curate.space import HiddenSpace, unit
+
+NUM_JUDGED = 100
+"""Rows found first by the words that the model is asked about; of a small pool, a twentieth."""
+NEAR = 0.95
+"""Quantile of the pool above which a row is near a direction."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,8 +43,8 @@ class ProfileSettings:
     """Weight, of the heaviest latent's, below which a latent is noise."""
     max_template_share: float = 0.5
     """A latent that fires on template tokens more than this is about the format, not the task."""
-    min_coherence: float = 0.15
-    """Mean cosine among weighted seeds below which they are called mixed."""
+    min_agreement: float = 0.45
+    """Agreement of the channels below which the profile abstains."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +75,16 @@ def lexical_evidence(index: FeatureIndex, text: str) -> Float32[np.ndarray, " nu
     return total * np.sqrt(held / max(len(terms), 1))
 
 
+def found_rows(
+    index: FeatureIndex, task: str, settings: ProfileSettings
+) -> tuple[Seeds, IndexBlock]:
+    """Return the seeds that the words find, and a block of them and of the rows found next."""
+    evidence = lexical_evidence(index, task)
+    seeds = strongest(evidence, settings.num_seeds, settings.seed_sharpness)
+    judged = max(len(seeds.rows), min(NUM_JUDGED, index.num_rows // 20))
+    return seeds, index.take(strongest(evidence, judged, 0.0).rows, means_only=True)
+
+
 def given_channels(
     index: FeatureIndex,
     kept: list[int],
@@ -87,14 +102,14 @@ def given_channels(
         ]
 
     return [
-        *channel("keep", index.take(kept) if kept else None, True, 1.0),
+        *channel("keep", index.take(kept, means_only=True) if kept else None, True, 1.0),
         *channel("example", examples, False, 1.0),
         *channel("pseudo", pseudo_queries, False, settings.pseudo_weight),
     ]
 
 
 def lexical_channel(
-    index: FeatureIndex,
+    found: IndexBlock,
     seeds: Seeds,
     space: HiddenSpace,
     drops: IndexBlock | None,
@@ -102,8 +117,8 @@ def lexical_channel(
     trusted: float,
 ) -> Channel:
     """Weigh the rows that the words found by what a person said of rows like them."""
-    block = index.take(seeds.rows)
-    here, weights = space.project(block), seeds.weights.copy()
+    block, weights = found.take(range(len(seeds.rows))), seeds.weights.copy()
+    here = space.project(block)
     if drops is not None:
         weights *= (1 - np.clip(here @ space.project(drops).T, 0, 1).max(1)) ** 2
     if given:
@@ -143,24 +158,36 @@ def direction_of(
     return unit(total)
 
 
-def coherence_of(space: HiddenSpace, channels: list[Channel]) -> float:
-    """Return the mean cosine among weighted seeds."""
+def agreement_of(
+    space: HiddenSpace,
+    background: IndexBlock,
+    channels: list[Channel],
+    found: IndexBlock,
+) -> float:
+    """Return the share of rows that lie, says the model, where the others do: 0 to 1.
+
+    Asked about are the seeds and the rows that the words find next. A row agrees when its cosine
+    with the centroid of the *other* seeds is above that of 95 % of the pool: one row alone agrees
+    with nothing, and random rows agree in 5 % of cases.
+    """
     if not channels:
         return 0.0
-    x = np.concatenate([space.project(channel.block) for channel in channels])
-    w = np.concatenate([channel.weights * channel.mass for channel in channels])
-    w /= w.sum()
-    alone = float(np.square(w).sum())
-    if alone > 0.999:
-        return 1.0
-    return float((np.square(w @ x).sum() - alone) / (1 - alone))
+    block = IndexBlock.concatenate([*(channel.block for channel in channels), found])
+    weights = [*(channel.weights * channel.mass for channel in channels), np.zeros(len(found))]
+    # A row that several channels bring is one row.
+    _, first, which = np.unique(block.ids, return_index=True, return_inverse=True)
+    w = np.bincount(which, np.concatenate(weights)).astype(np.float32)
+    x = space.project(block)[first]
+    others = unit(w @ x - w[:, None] * x)
+    levels = np.quantile(space.project(background) @ others.T, NEAR, axis=0)
+    return float((np.einsum("nr,nr->n", x, others) > levels).mean())
 
 
 def doubts_of(
     task: str,
     space: HiddenSpace,
     channels: list[Channel],
-    coherence: float,
+    agreement: float,
     trusted: float,
     settings: ProfileSettings,
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -168,11 +195,12 @@ def doubts_of(
     ask = "keep a few right rows (--keep) or give some (--examples)"
     if not channels:
         return (f"no row of the pool holds a word of the task {task!r}; {ask}",), ()
-    if coherence >= settings.min_coherence:
+    if agreement >= settings.min_agreement:
         return (), ()
     x = np.concatenate([space.project(channel.block) for channel in channels])
     mixed = (
-        f"the {len(x)} seeds are mixed: they fall into {num_clusters(x @ x.T)} kinds of rows "
-        f"(mean cosine {coherence:.2f}, {settings.min_coherence:.2f} is asked for); {ask}"
+        f"the words and the model disagree: of the rows that were found, {agreement:.0%} are alike "
+        f"to the model ({settings.min_agreement:.0%} are asked for; kinds of seeds: "
+        f"{num_clusters(x @ x.T)}); {ask}"
     )
     return ((), (mixed,)) if trusted >= 5 else ((mixed,), ())

@@ -201,10 +201,11 @@ class FeatureIndex:
         """Stream all rows, a shard at a time."""
         return self._shards.blocks(MEANS_ONLY if means_only else FEATURES_ONLY)
 
-    def take(self, rows: Sequence[int] | np.ndarray) -> IndexBlock:
-        """Return these rows in the order given."""
+    def take(self, rows: Sequence[int] | np.ndarray, *, means_only: bool = False) -> IndexBlock:
+        """Return these rows in the order given; means alone are read in half the time."""
         rows = np.asarray(rows, dtype=np.int64)
-        block = IndexBlock.from_table(self._take(rows, FEATURES_ONLY), self.d_sae)
+        columns = MEANS_ONLY if means_only else FEATURES_ONLY
+        block = IndexBlock.from_table(self._take(rows, columns), self.d_sae)
         return dataclasses.replace(block, rows=rows)
 
     def conversations(self, rows: Sequence[int] | np.ndarray) -> list[Conversation]:

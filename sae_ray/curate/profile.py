@@ -22,20 +22,20 @@ from sae_ray.curate.concepts import groups_of, log_odds, rows_on
 from sae_ray.curate.evidence import (
     Channel,
     ProfileSettings,
-    coherence_of,
+    agreement_of,
     direction_of,
     doubts_of,
+    found_rows,
     given_channels,
     lexical_channel,
-    lexical_evidence,
 )
 from sae_ray.curate.index import FeatureIndex
-from sae_ray.curate.seeds import query_terms, strongest
+from sae_ray.curate.seeds import query_terms
 from sae_ray.curate.space import HiddenSpace
 from sae_ray.errors import TaskError
 
 MAX_TASK_CHARS = 1000
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,8 +77,8 @@ class Profile:
     """Unit vector in the `HiddenSpace` of the index's background."""
     keep: tuple[str, ...]
     drop: tuple[str, ...]
-    coherence: float
-    """Mean cosine among the weighted seeds: 1 for copies of one row, about 0 for random rows."""
+    agreement: float
+    """Share of the rows found that lie, says the model, where the others do; 0.05 by chance."""
     abstained: bool
     why: tuple[str, ...]
     """Reasons to abstain."""
@@ -158,17 +158,16 @@ def build_profile(
         raise TaskError(f"{both[0]!r} is in keep and in drop: a row is one or the other; choose")
     kept, dropped = _rows(index, keep, "keep"), _rows(index, drop, "drop")
     space = HiddenSpace.fit(index.background)
-    drops = index.take(dropped) if dropped else None
+    drops = index.take(dropped, means_only=True) if dropped else None
     channels = given_channels(index, kept, examples, pseudo_queries, settings)
     trusted = sum((channel.mass for channel in channels), start=0.0)
-    lexical = strongest(lexical_evidence(index, task), settings.num_seeds, settings.seed_sharpness)
-    if len(lexical.rows):
-        words = lexical_channel(index, lexical, space, drops, channels, trusted)
-        channels = [words, *channels]
+    seeds, found = found_rows(index, task, settings)
+    if len(seeds.rows):
+        channels = [lexical_channel(found, seeds, space, drops, channels, trusted), *channels]
     own = index.describe(task) if settings.description_weight > 0 else None
     direction = direction_of(space, channels, own, drops, trusted, settings)
-    coherence = coherence_of(space, channels)
-    why, warnings = doubts_of(task, space, channels, coherence, trusted, settings)
+    agreement = agreement_of(space, index.background, channels, found)
+    why, warnings = doubts_of(task, space, channels, agreement, trusted, settings)
     return Profile(
         task=task,
         latents=_latents(index, task, channels, own, drops, labels, decoder, settings),
@@ -176,7 +175,7 @@ def build_profile(
         direction=tuple(float(x) for x in direction),
         keep=tuple(keep),
         drop=tuple(drop),
-        coherence=coherence,
+        agreement=agreement,
         abstained=bool(why),
         why=why,
         warnings=warnings,

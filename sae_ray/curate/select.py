@@ -94,7 +94,7 @@ def select(
             ends the selection.
         selector: how rows follow each other.
         near_duplicates: Jaccard of word 5-grams from which a row copies one already in; None lets
-            copies in.
+            copies in. Two questions about one passage are two rows: they share about 0.85.
         quota: a column whose values may each take only a share.
     """
     ranking = _Ranking(index, profile, scores)

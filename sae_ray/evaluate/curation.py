@@ -6,7 +6,7 @@ and losses against BM25 of the same sentence. The hidden column is read here and
 """
 
 import dataclasses
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float32, Int64
 
 from sae_ray.curate.baselines import (
     DenseText,
+    HashedNgrams,
     bm25_scores,
     length_matched_scores,
     longest_scores,
@@ -90,6 +91,16 @@ class _Run:
     rows: Int64[np.ndarray, " n"]
 
 
+@dataclasses.dataclass(frozen=True)
+class _Fitted:
+    """What some arms were fitted on the pool, each None where its arms are left out."""
+
+    random_index: FeatureIndex | None
+    texts: DenseText | None
+    ngrams: HashedNgrams | None
+    final_states: tuple[np.ndarray, Mapping[str, np.ndarray]] | None
+
+
 class ResidentIndex(FeatureIndex):
     """An index whose blocks stay in memory: an evaluation reads them hundreds of times."""
 
@@ -126,6 +137,7 @@ def run_quality(
     descriptions: Iterable[Description],
     *,
     texts: DenseText | None = None,
+    ngrams: HashedNgrams | None = None,
     final_states: tuple[Float32[np.ndarray, "num_rows d"], Mapping[str, np.ndarray]] | None = None,
     budget: int = BUDGET,
     refine: bool = True,
@@ -138,6 +150,7 @@ def run_quality(
         truth: the hidden column, for every row.
         descriptions: the sentences.
         texts: LSA of the pool, for its two arms.
+        ngrams: n-grams of the pool, for DSIR.
         final_states: RDS+ embeddings of the pool and, by sentence, of the descriptions.
         budget: k of precision at k.
         refine: run the refine loop and the arm with given rows, too.
@@ -145,14 +158,15 @@ def run_quality(
     column = np.asarray(truth)
     assert len(column) == index.num_rows
     others: dict[str, Profile] = {}
+    fitted = _Fitted(random_index, texts, ngrams, final_states)
     for number, one in enumerate(descriptions):
         relevant = column == one.domain
         assert relevant.any(), f"no row of domain {one.domain!r}"
         run = _default(index, one.text, budget)
         yield _cell(one, "default", run.rows, relevant, budget, run.profile.abstained)
-        for arm, rows in _arms(index, random_index, one, run, texts, final_states, budget, number):
+        for arm, rows in _arms(index, one, run, fitted, budget, number):
             yield _cell(one, arm, rows, relevant, budget)
-        for arm, rows in _control(index, one, others, budget):
+        for arm, rows in _controls(index, one, run, others, budget, number):
             yield _cell(one, arm, rows, relevant, budget)
         if refine:
             for arm, rows in _person(index, one, run, relevant, budget, number):
@@ -171,6 +185,18 @@ def summarise(
         for (split, arm), mine in table.items()
     ]
     return sorted(summaries, key=lambda one: (one.split, -one.precision, one.arm))
+
+
+def abstentions(
+    cells: Iterable[Cell], arm: str = "default", right: float = 0.5
+) -> dict[str, dict[str, int]]:
+    """Count by split: right or wrong (precision of 0.5 or more), and abstained or sure."""
+    counts: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    for cell in cells:
+        if cell.arm == arm:
+            verdict = "right" if cell.precision >= right else "wrong"
+            counts[cell.split][f"{verdict}, {'abstained' if cell.abstained else 'sure'}"] += 1
+    return {split: dict(sorted(count.items())) for split, count in counts.items()}
 
 
 def _summary(
@@ -223,11 +249,9 @@ def _cell(
 
 def _arms(
     index: FeatureIndex,
-    random_index: FeatureIndex | None,
     one: Description,
     run: _Run,
-    texts: DenseText | None,
-    final_states: tuple[np.ndarray, Mapping[str, np.ndarray]] | None,
+    fitted: _Fitted,
     budget: int,
     seed: int,
 ) -> Iterator[tuple[str, np.ndarray]]:
@@ -242,19 +266,22 @@ def _arms(
     )
     for scorer in by_score:
         yield scorer, score_pool(index, run.profile, scorer, num_candidates=1).order(budget)
-    if random_index is not None:
-        yield "random_sae", _default(random_index, one.text, budget).rows
-        found = score_pool(random_index, build_profile(one.text, random_index), "latents")
+    if fitted.random_index is not None:
+        frozen = _default(fitted.random_index, one.text, budget)
+        yield "random_sae", frozen.rows
+        found = score_pool(fitted.random_index, frozen.profile, "latents", num_candidates=1)
         yield "random_sae_latents", found.order(budget)
     bm25 = bm25_scores(index, one.text)
     yield "bm25", top(bm25, budget)
     yield "bm25_rm3", top(rm3_scores(index, one.text), budget)
     yield "mona", top(mona_scores(index, index.describe(one.text)), budget)
-    if texts is not None:
-        yield "lsa", top(texts.scores(one.text), budget)
-        yield "lsa_bm25_seeded", top(texts.feedback_scores(bm25), budget)
-    if final_states is not None:
-        pool, queries = final_states
+    if fitted.texts is not None:
+        yield "lsa", top(fitted.texts.scores(one.text), budget)
+        yield "lsa_bm25_seeded", top(fitted.texts.feedback_scores(bm25), budget)
+    if fitted.ngrams is not None:
+        yield "dsir", top(fitted.ngrams.scores(bm25, seed), budget)
+    if fitted.final_states is not None:
+        pool, queries = fitted.final_states
         yield "rds_plus", top(rds_scores(pool, queries[one.text]), budget)
     yield "random", top(random_scores(index.num_rows, seed), budget)
     matched = length_matched_scores(index.n_tokens, run.rows, seed)
@@ -276,15 +303,35 @@ def _default(
     return _Run(profile, scores, selection.rows)
 
 
-def _control(
-    index: FeatureIndex, one: Description, others: dict[str, Profile], budget: int
+def _controls(
+    index: FeatureIndex,
+    one: Description,
+    run: _Run,
+    others: dict[str, Profile],
+    budget: int,
+    seed: int,
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Select with the last profile of another domain: what the task itself contributes."""
+    """Run what must fail if the profile is what does it: shuffled, and another domain's last."""
+    shuffled = shuffle(run.profile, index.d_sae, seed)
+    yield (
+        "shuffled_profile",
+        score_pool(index, shuffled, "latents", num_candidates=1).order(budget),
+    )
     other = next((p for domain, p in reversed(others.items()) if domain != one.domain), None)
     if other is not None:
         yield "another_tasks_profile", score_pool(index, other, num_candidates=1).order(budget)
     others.pop(one.domain, None)
-    others[one.domain] = build_profile(one.text, index)
+    others[one.domain] = run.profile
+
+
+def shuffle(profile: Profile, d_sae: int, seed: int) -> Profile:
+    """Give a profile's weights to latents drawn at random."""
+    drawn = np.random.default_rng(seed).permutation(d_sae)
+    latents = tuple(
+        dataclasses.replace(one, latent=int(other))
+        for one, other in zip(profile.latents, drawn, strict=False)
+    )
+    return dataclasses.replace(profile, latents=latents)
 
 
 def _person(

@@ -19,7 +19,7 @@ from measure import ROOT, Figure, Part, add_inputs, log, run_watched, sample_poo
 from safetensors.torch import load_file, save_file
 
 from sae_ray.chat import Conversation, Kind, Tokens
-from sae_ray.curate.baselines import DenseText, FinalStates
+from sae_ray.curate.baselines import DenseText, FinalStates, HashedNgrams
 from sae_ray.curate.index import FeatureIndex
 from sae_ray.curate.scorer import LatentScorer, ScorerConfig
 from sae_ray.evaluate.curation import (
@@ -27,6 +27,7 @@ from sae_ray.evaluate.curation import (
     Description,
     ResidentIndex,
     Summary,
+    abstentions,
     read_descriptions,
     run_quality,
     summarise,
@@ -143,7 +144,8 @@ def main() -> None:
     splits = options.splits.split(",")
     sentences = [one for one in read_descriptions(text) if one.split in splits]
     texts = DenseText(c.text() for c in opened.conversations(range(opened.num_rows)))
-    log("fitted LSA")
+    ngrams = HashedNgrams(c.text() for c in opened.conversations(range(opened.num_rows)))
+    log("fitted LSA and n-grams")
     states = final_states(options.lm, opened, sentences)
     log("embedded the pool for RDS+")
     cells: list[Cell] = []
@@ -153,6 +155,7 @@ def main() -> None:
         [hidden[one] for one in opened.ids],
         sentences,
         texts=texts,
+        ngrams=ngrams,
         final_states=states,
     ):
         if cell.arm == "default":
@@ -162,6 +165,7 @@ def main() -> None:
     part.figures += figures(summaries)
     part.details |= {
         "rows": opened.num_rows,
+        "abstentions": abstentions(cells),
         "summaries": [dataclasses.asdict(one) for one in summaries],
         "cells": [dataclasses.asdict(one) for one in cells],
     }

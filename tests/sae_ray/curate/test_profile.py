@@ -150,13 +150,33 @@ def test_words_that_no_row_holds_abstain_and_say_so(planted: Planted) -> None:
     assert np.isfinite(score_pool(planted.index, profile).total).all()
 
 
-def test_mixed_seeds_abstain_until_rows_are_kept(planted: Planted) -> None:
+def test_rows_found_that_are_not_alike_abstain_until_rows_are_kept(planted: Planted) -> None:
     vague = " ".join(f"word{i}" for i in range(12))
     profile = build_profile(vague, planted.index, settings=WORDS_ALONE)
     assert profile.abstained
-    assert "mixed" in profile.why[0]
+    assert profile.agreement < 0.2
+    assert f"{profile.agreement:.0%} are alike to the model (45% are asked for" in profile.why[0]
     keep = [planted.index.ids[i] for i in np.flatnonzero(planted.relevant("chess"))[:5]]
-    assert not build_profile(vague, planted.index, keep=keep, settings=WORDS_ALONE).abstained
+    kept = build_profile(vague, planted.index, keep=keep, settings=WORDS_ALONE)
+    assert not kept.abstained
+    assert "disagree" in kept.warnings[0]
+
+
+def test_rows_of_one_kind_agree(planted: Planted, profile: Profile) -> None:
+    assert profile.agreement > 0.4
+    assert not profile.abstained
+
+
+def test_one_row_agrees_with_nothing(planted: Planted) -> None:
+    row = int(np.flatnonzero(planted.relevant("chess"))[0])
+    keep = [planted.index.ids[row]]
+    given = planted.index.take([row])
+    for alone in (
+        build_profile("zebra", planted.index, keep=keep, settings=WORDS_ALONE),
+        build_profile("zebra", planted.index, keep=keep, examples=given, settings=WORDS_ALONE),
+    ):
+        assert alone.agreement == 0
+        assert alone.abstained
 
 
 def test_bad_tasks_and_ids_are_refused_in_three_parts(planted: Planted) -> None:

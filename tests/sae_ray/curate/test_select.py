@@ -18,7 +18,7 @@ from tests.sae_ray.curate.planted import NUM_ROWS, Planted
 
 TASK = "Bake bread in the oven from dough and flour"
 WORDS_ALONE = ProfileSettings(description_weight=0.0)
-THRESHOLD = 0.8
+THRESHOLD = 0.9
 SELECTORS: tuple[SelectorName, ...] = ("greedy", "topk", "round_robin")
 
 pools = settings(

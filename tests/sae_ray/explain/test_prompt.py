@@ -51,20 +51,18 @@ def judge(curator: Curator, *lines: str) -> tuple[Request | None, Terminal]:
     return refine(curator, ASKED, terminal.ask, terminal.said.append), terminal
 
 
-def row_shown(curator: Curator, terminal: Terminal, round_: int, number: int) -> str:
-    """Return the id of a row that was shown."""
-    said = terminal.shown()[round_][number - 1].split(". ", 1)[1]
-    texts = [" ".join(one.text().split())[:160] for one in curator.index.conversations(range(80))]
-    assert texts.count(said) == 1 or said in texts
-    return curator.index.ids[texts.index(said)]
+def lines_of(curator: Curator, ids: tuple[str, ...]) -> list[str]:
+    """Return how rows are shown; two near-copies may look alike."""
+    rows = [curator.index.ids.index(one) for one in ids]
+    return [" ".join(one.text().split())[:160] for one in curator.index.conversations(rows)]
 
 
 def test_judgements_of_all_rounds_are_in_the_request(curator: Curator) -> None:
     request, terminal = judge(curator, "+1 -2", "-1, +3", "w")
     assert request is not None
-    shown = [[row_shown(curator, terminal, r, n) for n in (1, 2, 3)] for r in (0, 1)]
-    assert request.keep == (shown[0][0], shown[1][2])
-    assert request.drop == (shown[0][1], shown[1][0])
+    shown = [[line.split(". ", 1)[1] for line in one] for one in terminal.shown()]
+    assert lines_of(curator, request.keep) == [shown[0][0], shown[1][2]]
+    assert lines_of(curator, request.drop) == [shown[0][1], shown[1][0]]
     assert request.model_copy(update={"keep": (), "drop": ()}) == ASKED
 
 
