@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 NUM_RANDOM = 8
 CONTEXTS = 4
-NUM_SAMPLED = 1000
+NUM_SAMPLED = 500
 """Rows of the pool among which near-copies are counted."""
 _SEED = 0
 
