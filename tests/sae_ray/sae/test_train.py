@@ -331,3 +331,60 @@ def test_a_sae_is_trained_on_a_models_instances(tiny_lm: Path, tmp_path: Path) -
     quality = measure_sae(tiny_lm, tmp_path, rows)
     assert quality.num_tokens == 800
     assert quality.fvu < 1
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_fvu_and_l0_are_those_of_sae_lens_own_trainer(architecture) -> None:
+    from sae_lens.config import LoggingConfig, SAETrainerConfig  # noqa: PLC0415
+    from sae_lens.registry import get_sae_training_class  # noqa: PLC0415
+    from sae_lens.training.sae_trainer import SAETrainer  # noqa: PLC0415
+
+    recipe = Recipe(
+        150, 256, learning_rate=3e-3, warmup_share=0.0, decay_share=0.0, sparsity_warmup_share=0.0
+    )
+    one = spec(architecture)
+    ours = trainer_of(one, recipe=recipe)
+    learner = ours.learners[one.name]
+    theirs = get_sae_training_class(learner.sae.cfg.architecture())[0](
+        copy.deepcopy(learner.sae.cfg)
+    )
+    theirs.load_state_dict(learner.sae.state_dict())
+    config = SAETrainerConfig(
+        total_training_samples=150 * 256, train_batch_size_samples=256, device="cpu",
+        autocast=False, lr=3e-3, lr_end=3e-3, lr_scheduler_name="constant", lr_warm_up_steps=0,
+        lr_decay_steps=0, n_restart_cycles=1, adam_beta1=0.9, adam_beta2=0.999,
+        n_batches_for_norm_estimate=1, feature_sampling_window=10**6, dead_feature_window=10**6,
+        logger=LoggingConfig(log_to_wandb=False), checkpoint_path=None,
+        save_final_checkpoint=False, n_checkpoints=0,
+    )  # fmt: skip
+    # The same activations, in the scale that ours has chosen.
+    scaled = (batch.activations[POINT] * learner.scale for batch in planted(0))
+    trainer = SAETrainer(config, theirs, scaled)
+    outputs: list[Any] = []
+    for _ in range(150):
+        outputs = [trainer.step(next(scaled))]
+        trainer.n_training_steps += 1
+    (output,) = outputs
+    *_, last = train(ours, planted(0))
+    x, x_hat = output.sae_in, output.sae_out.detach()
+    fvu = float((x - x_hat).square().sum() / (x - x.mean(0)).square().sum())
+    l0 = float((output.feature_acts > 0).sum()) / len(x)
+    figures = last.saes[one.name]
+    assert figures.fvu == pytest.approx(fvu, rel=0.01)
+    assert figures.l0 == pytest.approx(l0, rel=0.01)
+    assert fvu < 0.8
+
+
+def test_a_sae_of_heads_is_saved_for_sae_lens_to_read_heads(tmp_path: Path) -> None:
+    from sae_lens import SAE  # noqa: PLC0415
+
+    point = HookPoint.parse("blocks.1.attn.hook_z")
+    one = dataclasses.replace(spec("jumprelu"), hook_point=point)
+    trainer = Trainer([one], RECIPE, {point: 16})
+    batch = next(planted(0))
+    trainer.start(TokenBatch(batch.lanes, {point: batch.activations[POINT]}))
+    (folder,) = trainer.save(tmp_path, model_name="m").values()
+    x = batch.activations[POINT]
+    theirs = SAE.load_from_disk(folder).encode(x.view(-1, 4, 4))
+    torch.testing.assert_close(LatentEncoder.load(folder).encode(x), theirs, atol=1e-4, rtol=1e-4)
