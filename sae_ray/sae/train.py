@@ -101,7 +101,7 @@ class Trainer:
         for point in sorted({spec.hook_point for spec in self.specs}):
             x = sample.activations[point]
             scale = scale_of(x) if self.recipe.normalise else 1.0
-            shared = [torch.tensor([scale], dtype=torch.float64), geometric_median(x)]
+            shared = [x.new_tensor([scale], dtype=torch.float64), geometric_median(x)]
             if self.reduce:
                 self.reduce(shared)
             for learner in self.learners.values():
