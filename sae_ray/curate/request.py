@@ -45,7 +45,7 @@ class Request(BaseModel):
     pseudo_model: str | None = None
     """Model that the endpoint serves."""
     evaluation: tuple[str, ...] = ()
-    """Evaluation files that the selection is checked against, by 13-grams."""
+    """Evaluation files that the selection is checked against: by 13-grams and whole questions."""
     scorer: ScorerName = "fused"
     """How rows are scored: fused, latents, hidden, sum_topk, jaccard (MONA), max or cosine."""
     selector: SelectorName = "greedy"
