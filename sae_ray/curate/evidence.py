@@ -7,12 +7,12 @@ found count by how much they are like them; dropped rows count against.
 import dataclasses
 
 import numpy as np
-from jaxtyping import Float32, Float64
+from jaxtyping import Float32, Float64, Int64
 
 from sae_ray.curate.block import IndexBlock
 from sae_ray.curate.concepts import num_clusters
 from sae_ray.curate.index import FeatureIndex
-from sae_ray.curate.seeds import Seeds, query_terms, spellings, strongest
+from sae_ray.curate.seeds import Seeds, spellings, strongest, task_terms
 from sae_ray.curate.space import HiddenSpace, unit
 
 NUM_JUDGED = 100
@@ -25,8 +25,8 @@ NEAR = 0.95
 class ProfileSettings:
     """How a description becomes a profile; the defaults were fixed on tuning wordings."""
 
-    num_seeds: int = 40
-    """Rows that the description's words may find."""
+    num_seeds: int = 100
+    """Rows that the description's words may find; a sample stands for those after them."""
     seed_sharpness: float = 3.0
     """Exponent of a seed's lexical score in its weight."""
     description_weight: float = 0.1
@@ -43,7 +43,7 @@ class ProfileSettings:
     """Weight, of the heaviest latent's, below which a latent is noise."""
     max_template_share: float = 0.5
     """A latent that fires on template tokens more than this is about the format, not the task."""
-    min_agreement: float = 0.45
+    min_agreement: float = 0.35
     """Agreement of the channels below which the profile abstains."""
 
 
@@ -60,16 +60,16 @@ class Channel:
 
 
 def lexical_evidence(index: FeatureIndex, text: str) -> Float32[np.ndarray, " num_rows"]:
-    """Return BM25 of a text's words, times the square root of the share of them that a row holds.
+    """Return BM25 of a text's words where requests are said, times the root of the share held.
 
     s(d) = sum_t BM25(t, d) * sqrt(|{t in d}| / |{t}|), where a word is the best of its spellings.
     Rows that hold *many* of the words come first: one rare word alone finds a row about anything.
     """
-    terms = query_terms(text)
+    terms = task_terms(text)
     total = np.zeros(index.num_rows, dtype=np.float32)
     held = np.zeros(index.num_rows, dtype=np.float32)
     for term in terms:
-        found = np.max([index.lexical_scores({one: 1.0}) for one in spellings(term)], axis=0)
+        found = np.max([index.request_scores({one: 1.0}) for one in spellings(term)], axis=0)
         total += found
         held += found > 0
     return total * np.sqrt(held / max(len(terms), 1))
@@ -78,10 +78,10 @@ def lexical_evidence(index: FeatureIndex, text: str) -> Float32[np.ndarray, " nu
 def found_rows(
     index: FeatureIndex, task: str, settings: ProfileSettings
 ) -> tuple[Seeds, IndexBlock]:
-    """Return the seeds that the words find, and a block of them and of the rows found next."""
-    evidence = lexical_evidence(index, task)
-    seeds = strongest(evidence, settings.num_seeds, settings.seed_sharpness)
-    judged = max(len(seeds.rows), min(NUM_JUDGED, index.num_rows // 20))
+    """Return the seeds that the words find, and a block of the first of them."""
+    evidence, sample = lexical_evidence(index, task), index.background.rows
+    seeds = strongest(evidence, settings.num_seeds, settings.seed_sharpness, sample)
+    judged = min(NUM_JUDGED, max(1, index.num_rows // 20))
     return seeds, index.take(strongest(evidence, judged, 0.0).rows, means_only=True)
 
 
@@ -109,7 +109,7 @@ def given_channels(
 
 
 def lexical_channel(
-    found: IndexBlock,
+    index: FeatureIndex,
     seeds: Seeds,
     space: HiddenSpace,
     drops: IndexBlock | None,
@@ -117,7 +117,7 @@ def lexical_channel(
     trusted: float,
 ) -> Channel:
     """Weigh the rows that the words found by what a person said of rows like them."""
-    block, weights = found.take(range(len(seeds.rows))), seeds.weights.copy()
+    block, weights = _take(index, seeds.rows), seeds.weights.copy()
     here = space.project(block)
     if drops is not None:
         weights *= (1 - np.clip(here @ space.project(drops).T, 0, 1).max(1)) ** 2
@@ -131,6 +131,17 @@ def lexical_channel(
     return Channel("lexical", block, True, weights, mass)
 
 
+def _take(index: FeatureIndex, rows: Int64[np.ndarray, " n"]) -> IndexBlock:
+    """Return rows, those of the background from where they are at hand."""
+    background = index.background
+    place = {int(row): i for i, row in enumerate(background.rows)}
+    far = [row for row in rows.tolist() if row not in place]
+    near = background.take([place[row] for row in rows.tolist() if row in place])
+    joined = IndexBlock.concatenate([index.take(far, means_only=True), near]) if far else near
+    where = {int(row): i for i, row in enumerate(joined.rows)}
+    return joined.take([where[row] for row in rows.tolist()])
+
+
 def direction_of(
     space: HiddenSpace,
     channels: list[Channel],
@@ -139,23 +150,33 @@ def direction_of(
     trusted: float,
     settings: ProfileSettings,
 ) -> Float32[np.ndarray, " r"]:
-    """Return unit(seeds) / (1 + trusted)^1.5 + unit(given) + own state - unit(dropped) / 2."""
+    """Return the direction in which a task lies from the pool's middle.
+
+    d = M (unit(s - c) / (1 + trusted) ** 1.5 + unit(g - c) + own state - drop_weight unit(r - c)),
+    with the centroids s of the rows that words found, g given and r dropped, the background's mean
+    c, and the inverse M of its ridged covariance.
+    """
     fade = (1 + trusted) ** -1.5
+
+    def away(centroid: np.ndarray) -> np.ndarray:
+        return unit(centroid - space.centre)
+
     total = np.zeros(space.basis.shape[1], dtype=np.float32)
     given = np.zeros_like(total)
     for channel in channels:
         centroid = channel.weights.astype(np.float32) @ space.project(channel.block)
         if channel.name == "lexical":
-            total += fade * unit(centroid)
+            total += fade * away(centroid)
         else:
-            given += np.float32(channel.mass) * centroid
-    total += unit(given)
+            given += np.float32(channel.mass / trusted) * centroid
+    if trusted:
+        total += away(given)
     if own is not None:
         alone = 1.0 if not channels else settings.description_weight * fade
-        total += np.float32(alone) * space.project(own)[0]
+        total += np.float32(alone) * away(space.project(own)[0])
     if drops is not None:
-        total -= np.float32(settings.drop_weight) * unit(space.project(drops).mean(0))
-    return unit(total)
+        total -= np.float32(settings.drop_weight) * away(space.project(drops).mean(0))
+    return unit(space.metric @ total)
 
 
 def agreement_of(
@@ -166,21 +187,23 @@ def agreement_of(
 ) -> float:
     """Return the share of rows that lie, says the model, where the others do: 0 to 1.
 
-    Asked about are the seeds and the rows that the words find next. A row agrees when its cosine
-    with the centroid of the *other* seeds is above that of 95 % of the pool: one row alone agrees
-    with nothing, and random rows agree in 5 % of cases.
+    Asked about are the rows that the words find first and those that were given. A row agrees when
+    its cosine with the centroid of the *other* seeds is above that of 95 % of the pool: one row
+    alone agrees with nothing, and random rows agree in 5 % of cases.
     """
     if not channels:
         return 0.0
     block = IndexBlock.concatenate([*(channel.block for channel in channels), found])
     weights = [*(channel.weights * channel.mass for channel in channels), np.zeros(len(found))]
     # A row that several channels bring is one row.
-    _, first, which = np.unique(block.ids, return_index=True, return_inverse=True)
+    names, first, which = np.unique(block.ids, return_index=True, return_inverse=True)
     w = np.bincount(which, np.concatenate(weights)).astype(np.float32)
     x = space.project(block)[first]
-    others = unit(w @ x - w[:, None] * x)
+    given = [one for c in channels if c.name != "lexical" for one in c.block.ids]
+    asked = np.isin(names, [*found.ids, *given])
+    others = unit(w @ x - w[asked, None] * x[asked])
     levels = np.quantile(space.project(background) @ others.T, NEAR, axis=0)
-    return float((np.einsum("nr,nr->n", x, others) > levels).mean())
+    return float((np.einsum("nr,nr->n", x[asked], others) > levels).mean())
 
 
 def doubts_of(

@@ -228,6 +228,10 @@ class FeatureIndex:
         """Return the BM25 score of every row, 0 where no term occurs; terms may carry weights."""
         return self._lexical.scores(query)
 
+    def request_scores(self, query: str | Mapping[str, float]) -> Float32[np.ndarray, " num_rows"]:
+        """Return BM25 over the first and last words of prompts: where people say what they want."""
+        return self._lexical.scores(query, "request")
+
     def describe(self, text: str) -> IndexBlock:
         """Read a description as a user would say it: a block of one row."""
         described = Conversation("description", [{"role": "user", "content": text}])

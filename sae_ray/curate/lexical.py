@@ -8,6 +8,7 @@ import re
 import sqlite3
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Float32
@@ -17,22 +18,39 @@ from sae_ray.errors import ArtifactError
 
 _CREATE = (
     "create virtual table pool using fts5(prompt, response, content='', "
-    "tokenize='porter unicode61')"
+    "tokenize='porter unicode61')",
+    "create virtual table request using fts5(words, content='', tokenize='porter unicode61')",
 )
+REQUEST_WORDS = 16
+"""Words at either end of a prompt that are searched by themselves: people say what they want before
+or after the text that they want it done to."""
+Table = Literal["pool", "request"]
 
 
 def build(path: str | Path, texts: Iterable[tuple[str, str]]) -> None:
     """Index (prompt, response) texts; the first has row number 0."""
     database = sqlite3.connect(path)
     try:
-        database.execute(_CREATE)
-        database.executemany(
-            "insert into pool(rowid, prompt, response) values (?, ?, ?)",
-            ((row, prompt, response) for row, (prompt, response) in enumerate(texts)),
-        )
+        for statement in _CREATE:
+            database.execute(statement)
+        for row, (prompt, response) in enumerate(texts):
+            database.execute(
+                "insert into pool(rowid, prompt, response) values (?, ?, ?)",
+                (row, prompt, response),
+            )
+            database.execute(
+                "insert into request(rowid, words) values (?, ?)", (row, _request(prompt))
+            )
         database.commit()
     finally:
         database.close()
+
+
+def _request(prompt: str) -> str:
+    words = prompt.split()
+    if len(words) > 2 * REQUEST_WORDS:
+        words = [*words[:REQUEST_WORDS], *words[-REQUEST_WORDS:]]
+    return " ".join(words)
 
 
 class LexicalIndex:
@@ -47,7 +65,9 @@ class LexicalIndex:
             check_same_thread=False,
         )
 
-    def scores(self, query: str | Mapping[str, float]) -> Float32[np.ndarray, " num_rows"]:
+    def scores(
+        self, query: str | Mapping[str, float], table: Table = "pool"
+    ) -> Float32[np.ndarray, " num_rows"]:
         """Return the BM25 score of every row, 0 where no term occurs; terms may carry weights."""
         weights = dict.fromkeys(query_terms(query), 1.0) if isinstance(query, str) else query
         scores = np.zeros(self.num_rows, dtype=np.float32)
@@ -56,15 +76,15 @@ class LexicalIndex:
             by_weight.setdefault(weight, []).append(re.sub('["\0]', " ", term))
         for weight, terms in by_weight.items():
             match = " OR ".join(f'"{term}"' for term in terms)
-            if found := self._found(match):
+            if found := self._found(match, table):
                 rows, ranks = zip(*found, strict=True)
                 scores[list(rows)] += weight * np.asarray(ranks, dtype=np.float32)
         return scores
 
-    def _found(self, match: str) -> list[tuple[int, float]]:
+    def _found(self, match: str, table: Table) -> list[tuple[int, float]]:
         try:
             return self._database.execute(
-                "select rowid, -bm25(pool) from pool where pool match ?", (match,)
+                f"select rowid, -bm25({table}) from {table} where {table} match ?", (match,)
             ).fetchall()
         except sqlite3.DatabaseError as error:
             raise ArtifactError(

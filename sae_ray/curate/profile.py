@@ -35,6 +35,8 @@ from sae_ray.curate.space import HiddenSpace
 from sae_ray.errors import TaskError
 
 MAX_TASK_CHARS = 1000
+LISTED_SHARE = 1e-3
+"""Share of all seeds' weight from which a seed is listed; a person's rows weigh far more."""
 SCHEMA_VERSION = 2
 
 
@@ -163,7 +165,7 @@ def build_profile(
     trusted = sum((channel.mass for channel in channels), start=0.0)
     seeds, found = found_rows(index, task, settings)
     if len(seeds.rows):
-        channels = [lexical_channel(found, seeds, space, drops, channels, trusted), *channels]
+        channels = [lexical_channel(index, seeds, space, drops, channels, trusted), *channels]
     own = index.describe(task) if settings.description_weight > 0 else None
     direction = direction_of(space, channels, own, drops, trusted, settings)
     agreement = agreement_of(space, index.background, channels, found)
@@ -285,6 +287,7 @@ def _seed_list(channels: list[Channel], drops: IndexBlock | None) -> tuple[Seed,
         )
         for channel in channels
         for one, row, w in zip(channel.block.ids, channel.block.rows, channel.weights, strict=True)
+        if w * channel.mass / total >= LISTED_SHARE
     ]
     if drops is not None:
         each = -1 / len(drops)

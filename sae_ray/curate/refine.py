@@ -1,8 +1,8 @@
 """Refine loop: which rows to show a person, so that a few ticks say the most.
 
 A few rows are the top. The rest are spread: each is a likely row unlike those already shown or
-judged, so that when the top is wrong some other kind of row is there to keep. Where nobody has
-found a right row yet, rows that stand for large parts of the pool are shown too.
+judged, so that when the top is wrong some other kind of row is there to keep. Where a profile has
+abstained or a round found nothing right, rows for large parts of the pool are shown too.
 """
 
 from collections.abc import Collection
@@ -21,7 +21,7 @@ NUM_TOP = 4
 _NUM_LEXICAL = 100
 _NUM_BEST = 400
 _NUM_EXPLORED = 8
-"""Of the rows shown, those for large parts of the pool, once a round has found nothing right."""
+"""Of the rows shown, those for large parts of the pool, while nothing is known to be right."""
 
 
 def rows_to_show(
@@ -47,7 +47,7 @@ def rows_to_show(
     pool = _candidates(index, profile, scores)
     before = space.project(pool.take([i for i, r in enumerate(pool.rows) if int(r) in hidden_from]))
     pool = pool.take([i for i, row in enumerate(pool.rows) if int(row) not in hidden_from])
-    lost = bool(hidden_from) and profile.num_given == 0
+    lost = profile.num_given == 0 and (profile.abstained or bool(hidden_from))
     explored = min(_NUM_EXPLORED, num // 2) if lost else 0
     likely = 0.5 * _ranks(scores.total[pool.rows]) + 0.5 * _ranks(scores.lexical[pool.rows])
     order = np.argsort(-scores.total[pool.rows], kind="stable")

@@ -3,7 +3,7 @@
     latents   Σ_g w_g [a latent of group g is on]
     hidden    cosine of the mean hidden state with the profile's direction
     lexical   the description's words, fading as a person gives rows
-    fused     z(latents) + z(hidden) + 0.6 / (1 + given) z(lexical)
+    fused     0.5 z(latents) + z(hidden) + 0.3 / (1 + given) z(lexical)
 
 z is taken over the background rows, so that a row's score does not wait for the others. Of every
 row a few numbers are kept, and whole blocks only of the best candidates. By name there are also
@@ -25,7 +25,8 @@ from sae_ray.curate.space import HiddenSpace
 
 ScorerName = Literal["fused", "latents", "hidden", "sum_topk", "jaccard", "max", "cosine"]
 
-LEXICAL_WEIGHT = 0.6
+LATENT_WEIGHT = 0.5
+LEXICAL_WEIGHT = 0.3
 TOP_LATENTS = 32
 """Latents that `sum_topk` adds up."""
 _DECIMALS = 5
@@ -83,12 +84,15 @@ def score_pool(
             on real pools length tells tasks apart, and taking it out cost five points of precision.
     """
     space, lookup = HiddenSpace.fit(index.background), _lookup(profile, index.stats.on_threshold)
-    names = ["latents", "hidden"] if scorer == "fused" else [scorer]
+    names = {"latents": LATENT_WEIGHT, "hidden": 1.0} if scorer == "fused" else {scorer: 1.0}
     scales = {
         name: _Scale.fit(
-            _raw(name, index.background, space, profile, lookup), index.background, length_neutral
+            _raw(name, index.background, space, profile, lookup),
+            index.background,
+            length_neutral,
+            weight,
         )
-        for name in names
+        for name, weight in names.items()
     }
     evidence = lexical_evidence(index, profile.task)
     words = _lexical(evidence, profile) if scorer == "fused" else np.zeros_like(evidence)
@@ -148,16 +152,19 @@ def concepts_on(
 
 @dataclasses.dataclass(frozen=True)
 class _Scale:
-    """Centre and scale of a part over the background, after its fit on length."""
+    """Centre and scale of a part over the background, after its fit on length, with its weight."""
 
     coefficients: Float[np.ndarray, " degree"]
     deviation: float
 
     @classmethod
-    def fit(cls, values: np.ndarray, background: IndexBlock, length_neutral: bool) -> "_Scale":
+    def fit(
+        cls, values: np.ndarray, background: IndexBlock, length_neutral: bool, weight: float
+    ) -> "_Scale":
         powers = _length_powers(background, 3 if length_neutral else 0)
         coefficients = np.linalg.lstsq(powers, values.astype(np.float64), rcond=None)[0]
-        return cls(coefficients, float((values - powers @ coefficients).std()) or 1.0)
+        deviation = float((values - powers @ coefficients).std()) or 1.0
+        return cls(coefficients, deviation / weight)
 
     def __call__(self, values: np.ndarray, block: IndexBlock) -> Float32[np.ndarray, " n"]:
         fitted = _length_powers(block, len(self.coefficients) - 1) @ self.coefficients

@@ -12,12 +12,19 @@ from jaxtyping import Float32, Float64, Int64
 
 _WORD = re.compile(r"[^\W_]+")
 
-_STOP_TEXT = """
-a an and any are as at be been but by can could did do does for from had has have how i if in into
-is it its just me my no not of on or our so some such than that the their them then there these they
-this to up us was we were what when where which while who whom why will with would you your
-"""
-STOP_WORDS = frozenset(_STOP_TEXT.split())
+_STOP_WORDS = (
+    "a an and any are as at be been but by can could did do does for from had has have how i if in "
+    "into is it its just me my no not of on or our so some such than that the their them then "
+    "there these they this to up us was we were what when where which while who whom why will with "
+    "would you your"
+)
+STOP_WORDS = frozenset(_STOP_WORDS.split())
+_LEARNER_WORDS = (
+    "ability able assistant become better capable get good help improve know learn like make model "
+    "skill skilled task train understand use using want"
+)
+LEARNER_WORDS = frozenset(_LEARNER_WORDS.split())
+"""Words of a description that speak of the learner and not of the data."""
 
 _SPELLINGS = (("ise", "ize"), ("isi", "izi"), ("isa", "iza"), ("yse", "yze"), ("our", "or"))
 
@@ -28,11 +35,6 @@ class Seeds:
 
     rows: Int64[np.ndarray, " n"]
     weights: Float64[np.ndarray, " n"]
-
-    @property
-    def effective(self) -> float:
-        """How many rows of equal weight would count as much."""
-        return float(1 / np.square(self.weights).sum()) if len(self.rows) else 0.0
 
 
 def query_terms(text: str) -> list[str]:
@@ -54,9 +56,31 @@ def spellings(term: str) -> list[str]:
     return sorted(found)
 
 
-def strongest(scores: Float32[np.ndarray, " num_rows"], num_seeds: int, sharpness: float) -> Seeds:
-    """Return the rows of highest positive score, weighted by score ** sharpness."""
+def task_terms(text: str) -> list[str]:
+    """Return a description's words about the data; all of its words if there are none."""
+    terms = query_terms(text)
+    return [term for term in terms if term not in LEARNER_WORDS] or terms
+
+
+def strongest(
+    scores: Float32[np.ndarray, " num_rows"],
+    num_seeds: int,
+    sharpness: float,
+    sample: Int64[np.ndarray, " m"] | None = None,
+) -> Seeds:
+    """Return the rows of highest positive score, weighted by score ** sharpness.
+
+    The rows below them are too many to read but together say which *kind* of row the words mean:
+    those of an even sample stand for them, each for num_rows / m rows.
+    """
     order = np.argsort(-scores, kind="stable")[:num_seeds]
-    order = order[scores[order] > 0]
-    weights = scores[order].astype(np.float64) ** sharpness
-    return Seeds(order.astype(np.int64), weights / max(weights.sum(), 1e-300))
+    rows = order[scores[order] > 0].astype(np.int64)
+    stands_for = np.ones(len(rows))
+    if sample is not None:
+        others = np.setdiff1d(sample, rows)
+        others = others[scores[others] > 0]
+        each = max(len(scores) - num_seeds, 0) / max(len(sample), 1)
+        rows = np.concatenate([rows, others]).astype(np.int64)
+        stands_for = np.concatenate([stands_for, np.full(len(others), each)])
+    weights = stands_for * (scores[rows] / max(float(scores.max()), 1e-30)) ** sharpness
+    return Seeds(rows, weights / max(weights.sum(), 1e-300))

@@ -15,6 +15,7 @@ from sae_ray.curate.block import IndexBlock, Segment
 MAX_COMPONENTS = 256
 _POWER = 0.25
 _SHRINKAGE = 0.02
+_RIDGE = 2.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +24,10 @@ class HiddenSpace:
 
     mean: Float32[np.ndarray, " d_in"]
     basis: Float32[np.ndarray, "d_in r"]
+    centre: Float32[np.ndarray, " r"]
+    """Mean of the background's unit vectors."""
+    metric: Float32[np.ndarray, "r r"]
+    """Inverse of their covariance, with a ridge of twice its mean eigenvalue."""
 
     @classmethod
     def fit(cls, background: IndexBlock) -> "HiddenSpace":
@@ -41,7 +46,13 @@ class HiddenSpace:
         top = np.argsort(-energy, kind="stable")[:MAX_COMPONENTS]
         energy, vectors = np.maximum(energy[top], 0), vectors[:, top]
         scale = (energy + _SHRINKAGE * energy.mean() + 1e-12) ** -_POWER
-        return cls(mean.astype(np.float32), (vectors * scale).astype(np.float32))
+        vectors = vectors * scale
+        units = unit(x @ vectors)
+        centre = units.mean(0)
+        covariance = (units - centre).T @ (units - centre) / len(units)
+        ridge = _RIDGE * np.trace(covariance) / len(covariance) + 1e-12
+        metric = np.linalg.inv(covariance + ridge * np.eye(len(covariance)))
+        return cls(*(a.astype(np.float32) for a in (mean, vectors, centre, metric)))
 
     def project(self, block: IndexBlock, segment: Segment = "all") -> Float32[np.ndarray, "n r"]:
         """Return unit vectors of rows."""

@@ -97,3 +97,19 @@ def test_a_broken_file_is_named(tmp_path):
         ArtifactError, match=r"lexical\.sqlite cannot be read: .*; delete the index"
     ):
         LexicalIndex(tmp_path / "lexical.sqlite", 5).scores("query")
+
+
+def test_requests_are_searched_where_people_say_them(tmp_path: Path) -> None:
+    """In the first and last words of a prompt, and not in what the request is about."""
+    filler = " ".join(["passage"] * 40)
+    texts = [
+        (f"translate this {filler}", "orders"),
+        (f"{filler} now translate", "orders"),
+        (f"{filler} translate {filler}", "translate"),
+        ("translate", "orders"),
+    ]
+    build(tmp_path / "lexical.sqlite", texts)
+    index = LexicalIndex(tmp_path / "lexical.sqlite", len(texts))
+    assert ((index.scores("translate", "request") > 0) == [True, True, False, True]).all()
+    assert (index.scores("translate") > 0).all()
+    assert not index.scores("orders", "request").any()

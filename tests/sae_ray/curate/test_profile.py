@@ -98,7 +98,7 @@ def test_kept_rows_outweigh_what_the_words_found(planted: Planted) -> None:
     weights = {seed.channel: 0.0 for seed in profile.seeds}
     for seed in profile.seeds:
         weights[seed.channel] += seed.weight
-    assert weights["keep"] > 0.8
+    assert weights["keep"] > 0.7
 
 
 def test_dropped_rows_turn_the_profile_away(planted: Planted) -> None:
@@ -111,7 +111,7 @@ def test_dropped_rows_turn_the_profile_away(planted: Planted) -> None:
         planted.recall("baking", score_pool(planted.index, profile).total)
         for profile in (before, after)
     ]
-    assert gained[1] > gained[0] + 0.2
+    assert gained[1] > gained[0] + 0.1
     assert min(seed.weight for seed in after.seeds) < 0
 
 
