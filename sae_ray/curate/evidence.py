@@ -17,6 +17,8 @@ from sae_ray.curate.space import HiddenSpace, unit
 
 NUM_JUDGED = 100
 """Rows found first by the words that the model is asked about; of a small pool, a twentieth."""
+MIN_LEFT = 0.05
+"""Share of the found rows' weight that must be left when rows like dropped ones are taken off."""
 NEAR = 0.95
 """Quantile of the pool above which a row is near a direction."""
 
@@ -115,17 +117,21 @@ def lexical_channel(
     drops: IndexBlock | None,
     given: list[Channel],
     trusted: float,
-) -> Channel:
-    """Weigh the rows that the words found by what a person said of rows like them."""
+) -> Channel | None:
+    """Weigh the rows that the words found by what a person said of rows like them.
+
+    Returns None where all of them are like dropped rows: the words found nothing.
+    """
     block, weights = _take(index, seeds.rows), seeds.weights.copy()
     here = space.project(block)
     if drops is not None:
         weights *= (1 - np.clip(here @ space.project(drops).T, 0, 1).max(1)) ** 2
+        if weights.sum() < MIN_LEFT:
+            return None
     if given:
         known = np.concatenate([space.project(channel.block) for channel in given])
-        weights *= np.clip(here @ known.T, 0, 1).max(1)
-    if weights.sum() <= 0:
-        weights = seeds.weights.copy()
+        liked = weights * np.clip(here @ known.T, 0, 1).max(1)
+        weights = liked if liked.sum() > 0 else weights
     weights /= weights.sum()
     mass = float(1 / np.square(weights).sum()) / (1 + trusted) ** 1.5
     return Channel("lexical", block, True, weights, mass)
@@ -195,12 +201,13 @@ def agreement_of(
         return 0.0
     block = IndexBlock.concatenate([*(channel.block for channel in channels), found])
     weights = [*(channel.weights * channel.mass for channel in channels), np.zeros(len(found))]
-    # A row that several channels bring is one row.
-    names, first, which = np.unique(block.ids, return_index=True, return_inverse=True)
+    # A row that several channels bring is one row; one from elsewhere may have another one's id.
+    keys = [f"{one} {n.tolist()}" for one, n in zip(block.ids, block.n_tokens, strict=True)]
+    _, first, which = np.unique(keys, return_index=True, return_inverse=True)
     w = np.bincount(which, np.concatenate(weights)).astype(np.float32)
     x = space.project(block)[first]
-    given = [one for c in channels if c.name != "lexical" for one in c.block.ids]
-    asked = np.isin(names, [*found.ids, *given])
+    by_words = np.repeat([c.name == "lexical" for c in channels], [len(c.block) for c in channels])
+    asked = np.bincount(which, [*~by_words, *np.ones(len(found))]) > 0
     others = unit(w @ x - w[asked, None] * x[asked])
     levels = np.quantile(space.project(background) @ others.T, NEAR, axis=0)
     return float((np.einsum("nr,nr->n", x[asked], others) > levels).mean())
@@ -217,7 +224,8 @@ def doubts_of(
     """Return reasons to abstain, and warnings."""
     ask = "keep a few right rows (--keep) or give some (--examples)"
     if not channels:
-        return (f"no row of the pool holds a word of the task {task!r}; {ask}",), ()
+        none = f"no row of the pool holds a word of the task {task!r} that was not dropped; {ask}"
+        return (none,), ()
     if agreement >= settings.min_agreement:
         return (), ()
     x = np.concatenate([space.project(channel.block) for channel in channels])

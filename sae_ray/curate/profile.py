@@ -165,7 +165,8 @@ def build_profile(
     trusted = sum((channel.mass for channel in channels), start=0.0)
     seeds, found = found_rows(index, task, settings)
     if len(seeds.rows):
-        channels = [lexical_channel(index, seeds, space, drops, channels, trusted), *channels]
+        words = lexical_channel(index, seeds, space, drops, channels, trusted)
+        channels = [words, *channels] if words else channels
     own = index.describe(task) if settings.description_weight > 0 else None
     direction = direction_of(space, channels, own, drops, trusted, settings)
     agreement = agreement_of(space, index.background, channels, found)

@@ -4,10 +4,10 @@
     topk         by score alone
     round_robin  the profile's concepts take turns, each the best row in which it is on
 
-Each keeps out near-copies of rows already in, and lets rows wait while their value of the quota's
-column has its share. A selector goes on through the whole pool and never learns the budget, which
-only says where to stop: so budget k is a prefix of budget k + 1, and a selection is short only
-where no row of the pool may follow.
+Each keeps out dropped rows and near-copies of rows already in, and lets rows wait while their value
+of the quota's column has its share. A selector goes on through the whole pool and never learns the
+budget, which only says where to stop: so budget k is a prefix of budget k + 1, and a selection is
+short only where no row of the pool may follow.
 """
 
 import dataclasses
@@ -133,6 +133,7 @@ class _Ranking:
         on, self.weights = self._concepts_on(self.candidates)
         self._first = on
         self._texts: list[str] = []
+        self.dropped = {seed.row for seed in profile.seeds if seed.channel == "drop"}
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -200,8 +201,10 @@ class _Gate:
         return self._taken[value] < math.ceil(round(self._quota.share * (self.num_in + 1), 9))
 
     def admit(self, i: int) -> bool:
-        """Let a row in whose value has room, unless it is a copy: then it is never asked again."""
+        """Let a row in whose value has room; a dropped row or a copy is never asked again."""
         assert self.has_room(self.value(i))
+        if int(self._ranking.rows[i]) in self._ranking.dropped:
+            return False
         if self._seen is not None and not self._seen.admit(self._ranking.text(i)):
             self.num_copies += 1
             return False

@@ -85,7 +85,8 @@ class Outcome:
         if missing > 0:
             found.append(
                 f"{missing} of {self.budget_examples} rows are missing: every other row of the "
-                "pool nearly copies a chosen one, passes the quota or does not fit budget_tokens"
+                "pool was dropped, nearly copies a chosen one or passes the quota, or the next one "
+                "does not fit budget_tokens"
             )
         for source, ids in self.contaminated.items():
             if ids:

@@ -179,7 +179,7 @@ def test_examples_count_and_a_broken_one_is_not_passed_over(
     examples.write_text("".join(json.dumps(one) + "\n" for one in rivers))
     assert run(world, tmp_path / "one", f"--examples={examples}", "--task=Zzyzx") == 0
     chosen = pq.read_table(tmp_path / "one/selection.parquet").to_pylist()
-    assert sum("river" in str(row["messages"]) for row in chosen) >= 9
+    assert sum("river" in str(row["messages"]) for row in chosen) >= 8
     # The same command over another file is another request.
     examples.write_text(examples.read_text() + "{broken\n")
     assert run(world, tmp_path / "one", f"--examples={examples}", "--task=Zzyzx") == 2

@@ -124,6 +124,15 @@ def test_given_rows_are_a_channel_of_their_own(planted: Planted) -> None:
     assert planted.recall("chess", score_pool(planted.index, profile).total) >= 0.95
 
 
+def test_words_whose_rows_were_all_dropped_found_nothing(planted: Planted) -> None:
+    profile = build_profile(TASK, planted.index, settings=WORDS_ALONE)
+    found = [planted.index.ids[i] for i in np.flatnonzero(planted.index.request_scores(TASK))]
+    assert {seed.channel for seed in profile.seeds} == {"lexical"}
+    after = build_profile(TASK, planted.index, drop=found, settings=WORDS_ALONE)
+    assert {seed.channel for seed in after.seeds} == {"drop"}
+    assert after.abstained
+
+
 def test_labels_lift_the_latents_that_they_name(planted: Planted, profile: Profile) -> None:
     labels = {40: "flour and dough", 41: "harbours"}
     labelled = build_profile(TASK, planted.index, labels=labels, settings=UNPRUNED)
@@ -155,7 +164,7 @@ def test_rows_found_that_are_not_alike_abstain_until_rows_are_kept(planted: Plan
     profile = build_profile(vague, planted.index, settings=WORDS_ALONE)
     assert profile.abstained
     assert profile.agreement < 0.2
-    assert f"{profile.agreement:.0%} are alike to the model (45% are asked for" in profile.why[0]
+    assert f"{profile.agreement:.0%} are alike to the model (35% are asked for" in profile.why[0]
     keep = [planted.index.ids[i] for i in np.flatnonzero(planted.relevant("chess"))[:5]]
     kept = build_profile(vague, planted.index, keep=keep, settings=WORDS_ALONE)
     assert not kept.abstained

@@ -271,3 +271,15 @@ def test_a_budget_of_the_whole_pool_keeps_all_but_copies(world: World) -> None:
     )
     chosen = world.select(scores, NUM_ROWS)
     assert len(chosen.rows) + chosen.num_near_duplicates == NUM_ROWS
+
+
+@pytest.mark.parametrize("selector", ["greedy", "topk", "round_robin"])
+def test_a_dropped_row_is_never_selected(world: World, selector: SelectorName) -> None:
+    index = world.planted.index
+    drop = world.select(world.scores(5, 10), 30).ids
+    profile = build_profile(TASK, index, drop=drop, settings=WORDS_ALONE)
+    scores = score_pool(index, profile)
+    assert set(index.ids[row] for row in scores.order(200)) & set(drop)
+    chosen = select(index, profile, scores, 200, selector=selector)
+    assert len(chosen.ids) == 200
+    assert not set(chosen.ids) & set(drop)
