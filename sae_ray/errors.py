@@ -7,7 +7,8 @@
       ├── ArtifactError    a folder on disk is not what it is taken for, or cannot be written
       ├── TaskError        a task is empty, or cannot be told from the rest of the pool
       ├── WorkError        a worker failed at work that it names, or the cluster did
-      └── TrainingError    a training cannot go on: a loss is no number, or has blown up
+      ├── TrainingError    a training cannot go on: a loss is no number, or has blown up
+      └── EndpointError    a chat endpoint refuses, does not answer, or is none
 
 What a user can cause is one of these. Each message has three parts: what was given, what is
 allowed, what to do. A broken invariant is an `assert` instead: that one is our mistake.
@@ -44,3 +45,7 @@ class WorkError(SaeRayError):
 
 class TrainingError(SaeRayError):
     """A training cannot go on: a loss is no number, or has blown up."""
+
+
+class EndpointError(SaeRayError):
+    """A chat endpoint refuses, does not answer, or is none."""

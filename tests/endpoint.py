@@ -4,12 +4,15 @@ import http.server
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 
 class Endpoint(http.server.ThreadingHTTPServer):
-    """Answers what was queued, and keeps what it was asked: path, headers and body."""
+    """Answers what was queued, then by its rule, and keeps what it was asked: path, headers, body.
+
+    A rule takes the last message and returns what is said.
+    """
 
     daemon_threads = True
 
@@ -19,6 +22,8 @@ class Endpoint(http.server.ThreadingHTTPServer):
         self.asked: list[tuple[str, dict[str, str], dict]] = []
         self.answers: list[tuple[int, dict[str, str], str]] = []
         self.slow_s = 0.0
+        self.rule: Callable[[str], str] | None = None
+        self.lock = threading.Lock()
 
     def says(self, content: object, status: int = 200, **headers: str) -> None:
         """Queue a completion with this content."""
@@ -36,9 +41,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.server.asked.append((self.path, dict(self.headers), body))
+        with self.server.lock:
+            self.server.asked.append((self.path, dict(self.headers), body))
+            if not self.server.answers and self.server.rule:
+                self.server.says(self.server.rule(body["messages"][-1]["content"]))
+            status, headers, text = self.server.answers.pop(0)
         time.sleep(self.server.slow_s)
-        status, headers, text = self.server.answers.pop(0)
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name.replace("_", "-"), value)

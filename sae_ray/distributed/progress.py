@@ -1,8 +1,9 @@
 """A progress line for long work: a bar on a terminal, a logged line now and then elsewhere."""
 
+import contextlib
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -13,29 +14,50 @@ logger = logging.getLogger(__name__)
 
 _LOG_EVERY_S = 15
 
+Report = Callable[[str, int, int, str], None]
+"""Takes what is being done, how much of it, of how much, and what else there is to say."""
+
+
+def follow(steps: Iterable[tuple[str, int, int, str]]) -> None:
+    """Run a work to its end, showing how far each stage is; a step is what a `Report` takes."""
+    with _bar("") as report:
+        for one in steps:
+            report(*one)
+
 
 def watch(steps: Iterator[IndexProgress]) -> IndexProgress | None:
     """Run an index to its end, showing how far it is; return the last step."""
+    last: IndexProgress | None = None
+    started = time.monotonic()
+    with _bar("shards") as report:
+        for last in steps:
+            speed = last.tokens / (time.monotonic() - started)
+            detail = f"{last.rows:,} rows, {speed:,.0f} tokens/s"
+            report("indexing", last.shards, last.num_shards, detail)
+    return last
+
+
+@contextlib.contextmanager
+def _bar(unit: str) -> Iterator[Report]:
     console = Console(stderr=True)
     bar = Progress(
-        TextColumn("indexing"),
+        TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("shards  {task.fields[detail]}"),
+        TextColumn(f"{unit}  {{task.fields[detail]}}"),
         TimeRemainingColumn(),
         console=console,
         disable=not console.is_terminal,
         transient=True,
     )
-    last: IndexProgress | None = None
-    started = logged = time.monotonic()
+    task, logged = bar.add_task("", total=None, detail="starting"), time.monotonic()
+
+    def report(what: str, done: int, total: int, detail: str) -> None:
+        nonlocal logged
+        bar.update(task, description=what, total=total, completed=done, detail=detail)
+        if not console.is_terminal and time.monotonic() - logged > _LOG_EVERY_S:
+            logger.info("%s: %d of %d %s, %s", what, done, total, unit, detail)
+            logged = time.monotonic()
+
     with bar:
-        task = bar.add_task("", total=None, detail="starting")
-        for last in steps:
-            now = time.monotonic()
-            detail = f"{last.rows:,} rows, {last.tokens / (now - started):,.0f} tokens/s"
-            bar.update(task, total=last.num_shards, completed=last.shards, detail=detail)
-            if not console.is_terminal and now - logged > _LOG_EVERY_S:
-                logger.info("indexing: %d of %d shards, %s", last.shards, last.num_shards, detail)
-                logged = now
-    return last
+        yield report

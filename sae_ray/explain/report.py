@@ -7,24 +7,21 @@ nothing load or run but the page's own style and script (by their hashes), and c
 would hide or reorder text are replaced by their names at the very end.
 """
 
-import base64
 import dataclasses
-import hashlib
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from importlib import resources
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from typing import Literal
 
-import jinja2
 import numpy as np
 from jaxtyping import Bool, Real
 from markupsafe import Markup, escape
 from pydantic import JsonValue
 
 from sae_ray.explain import command
+from sae_ray.explain.filled import fill
 from sae_ray.explain.shading import Context, ShadedText, Turn, cut, fade, to_html, word_end
 
 ROWS_IN_FULL = 12
@@ -232,55 +229,16 @@ def shares(
 
 def render(report: CurationReport) -> str:
     """Return the page; the same report gives the same bytes."""
-    style, script = _asset("report.css"), _asset("report.js")
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
     refine = report.refine
     asked = (refine.settings, refine.out, refine.kept, refine.dropped)
-    page = environment.from_string(_asset("report.html.jinja")).render(
-        report=report,
-        view=_View(report),
-        policy=f"default-src 'none'; style-src '{_csp_hash(style)}'; script-src "
-        f"'{_csp_hash(script)}'; base-uri 'none'; form-action 'none'",
-        style=Markup(style),
-        script=Markup(script),
-        command=command.compose(*asked),
-        recipe=command.recipe(*asked),
-        ascii_json=command.ascii_json,
-    )
-    return page.lstrip().translate(_VISIBLE)
-
-
-def _unseen() -> Iterator[int]:
-    """Yield code points that show nothing, reorder their neighbours or cannot be written."""
-    for start, end in (
-        (0x7F, 0xA0),
-        (0x61C, 0x61D),
-        (0x200B, 0x200C),
-        (0x200E, 0x2010),
-        (0x2028, 0x202F),
-        (0x2060, 0x2070),
-        (0xD800, 0xE000),  # lone surrogates
-        (0xFDD0, 0xFDF0),
-        (0xFEFF, 0xFF00),
-        (0xFFF0, 0xFFFC),
-        (0xE0000, 0xE0080),
-    ):
-        yield from range(start, end)
-
-
-_VISIBLE = {code: f"⟨U+{code:04X}⟩" for code in _unseen()} | {
-    code: chr(0x2400 + code) for code in range(0x20) if chr(code) not in "\n\t"
-}
-
-
-def _asset(name: str) -> str:
-    return resources.files("sae_ray.explain").joinpath(name).read_text(encoding="utf-8")
-
-
-def _csp_hash(text: str) -> str:
-    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+    values = {
+        "report": report,
+        "view": _View(report),
+        "command": command.compose(*asked),
+        "recipe": command.recipe(*asked),
+        "ascii_json": command.ascii_json,
+    }
+    return fill("report.html.jinja", values, style="report.css", script="report.js")
 
 
 class _View:

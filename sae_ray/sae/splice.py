@@ -16,6 +16,7 @@ from sae_ray.lm import (
     DTypeName,
     HookPoint,
     family_of,
+    keep_layers,
     load_config,
     quiet_loading,
     require_layer,
@@ -37,15 +38,21 @@ class WholeModel:
 
     @classmethod
     def load(
-        cls, path: str | Path, *, dtype: DTypeName = "float32", device: str | torch.device = "cpu"
+        cls,
+        path: str | Path,
+        *,
+        num_layers: int | None = None,
+        dtype: DTypeName = "float32",
+        device: str | torch.device = "cpu",
     ) -> "WholeModel":
-        """Load all of a model from safetensors.
+        """Load a model with its head from safetensors; of the layers all, or the lowest so many.
 
         Raises:
             ModelError: there is no such model, or none of a family that is known.
         """
         config = load_config(path)
         family_of(config)
+        keep_layers(config, config.num_hidden_layers if num_layers is None else num_layers)
         try:
             with quiet_loading():
                 model = AutoModelForCausalLM.from_pretrained(
@@ -61,6 +68,13 @@ class WholeModel:
                 "read from safetensors only (convert .bin files with save_pretrained)"
             ) from error
         return cls(model.to(device))  # pyright: ignore[reportArgumentType]
+
+    @property
+    def end_tokens(self) -> list[int]:
+        """Ids that end an answer, as the model's generation settings have them."""
+        settings = self.model.generation_config
+        ends = settings.eos_token_id if settings is not None else self.model.config.eos_token_id
+        return [ends] if isinstance(ends, int) else list(ends or ())
 
     @torch.inference_mode()
     def logits(

@@ -2,16 +2,12 @@
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
-from sae_ray.chat import ChatTokenizer
-from sae_ray.lm import HookPoint, LanguageModel
-from sae_ray.sae.encoder import LatentEncoder
-from sae_ray.sae.labels import TaggedLatents, auc, label_latents, read_tagged, write_labels
+from sae_ray.sae.labels import auc, label_latents, labels_text
+from sae_ray.sae.tagged import TaggedLatents, gather_evidence
 
 WORDS = ["net", "sail", "plum", "pear", "walks", "sings", "the", "a", "red", "old"]
 KINDS = {"net": "sailing", "sail": "sailing", "plum": "food", "pear": "food"}
@@ -43,7 +39,7 @@ def planted(seed: int, num: int = 120) -> list[TaggedLatents]:
 
 
 def test_planted_latents_get_their_concepts() -> None:
-    labels = label_latents(planted(0), planted(1))
+    labels = label_latents(gather_evidence(planted(0)), gather_evidence(planted(1)))
     assert [(label.label, label.kind) for label in labels] == [
         ("food", "word"),
         ("travel", "conversation"),
@@ -69,7 +65,7 @@ def test_a_label_that_fails_on_held_out_rows_is_dropped() -> None:
             for row in rows
         ]
 
-    labels = label_latents(planted(0), shuffled(planted(1)))
+    labels = label_latents(gather_evidence(planted(0)), gather_evidence(shuffled(planted(1))))
     # Which tokens it fires on is now random, but what the whole conversation is about is not.
     assert labels[0].kind == labels[2].kind == "unlabelled"
     assert labels[1].label == "travel"
@@ -85,44 +81,10 @@ def test_auc_is_the_textbook_one_ties_included() -> None:
     assert auc(scores, np.zeros(200, dtype=bool)) is None
 
 
-def test_written_labels_say_how_they_were_made(tmp_path: Path) -> None:
-    labels = label_latents(planted(0, 60), planted(1, 60))
-    write_labels(tmp_path / "labels.json", labels, sae_sha256="ab" * 32, how="by hand")
-    read = json.loads((tmp_path / "labels.json").read_text(encoding="utf-8"))
+def test_written_labels_say_how_they_were_made() -> None:
+    labels = label_latents(gather_evidence(planted(0, 60)), gather_evidence(planted(1, 60)))
+    read = json.loads(labels_text(labels, sae_sha256="ab" * 32, how="by hand"))
     assert read["sae_sha256"] == "ab" * 32
     assert read["how"] == "by hand"
     assert [row["latent"] for row in read["latents"]] == list(range(6))
     assert read["latents"][1]["label"] == "travel"
-
-
-def test_tagged_rows_are_read_without_the_template(tiny_lm: Path) -> None:
-    point = HookPoint.parse("blocks.1.hook_resid_post")
-    rng = np.random.default_rng(0)
-
-    encoder = LatentEncoder(
-        W=torch.from_numpy(rng.normal(size=(32, 8)).astype(np.float32)),
-        b=torch.zeros(8),
-        theta=torch.zeros(8),
-        k=None,
-        input_norm="none",
-        W_dec=torch.zeros(8, 32),
-        b_dec=torch.zeros(32),
-        hook_point=point,
-        model_name=None,
-    )
-    row = {
-        "id": "1",
-        "concepts": ["query", "travel"],
-        "spans": [{"message": 1, "start": 8, "end": 13, "concept": "query"}],
-        "messages": [
-            {"role": "user", "content": "Write the orders."},
-            {"role": "assistant", "content": "Write a query."},
-        ],
-    }
-    model = LanguageModel.load(tiny_lm, [point])
-    (read,) = read_tagged(model, encoder, ChatTokenizer.load(tiny_lm), [row])
-    assert "".join(read.tokens) == "Write the orders.Write a query."
-    assert read.latents.shape == (len(read.tokens), 8)
-    assert read.concepts == {"travel"}
-    tagged = [t for t, c in zip(read.tokens, read.token_concepts, strict=True) if c == "query"]
-    assert "".join(tagged).strip() == "query"
