@@ -11,6 +11,8 @@ row a few numbers are kept, and whole blocks only of the best candidates. By nam
 """
 
 import dataclasses
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
 
 import numpy as np
@@ -99,7 +101,7 @@ def score_pool(
     best = _Best(num_candidates)
     parts: dict[str, list[np.ndarray]] = {name: [] for name in names}
     totals: list[np.ndarray] = []
-    for block in index.blocks(means_only=scorer != "max"):
+    for block in _ahead(index.blocks(means_only=scorer != "max")):
         total = words[block.rows]
         for name in names:
             parts[name].append(scales[name](_raw(name, block, space, profile, lookup), block))
@@ -110,6 +112,15 @@ def score_pool(
     if scorer == "fused":
         joined["lexical"] = words
     return Scores(np.concatenate(totals), joined, evidence, best.block(), best.length_correlation())
+
+
+def _ahead(blocks: Iterator[IndexBlock]) -> Iterator[IndexBlock]:
+    """Read the next block on another thread while this one is scored."""
+    with ThreadPoolExecutor(1) as reader:
+        coming = reader.submit(next, blocks, None)
+        while (block := coming.result()) is not None:
+            coming = reader.submit(next, blocks, None)
+            yield block
 
 
 def contributions(
