@@ -12,13 +12,12 @@ import numpy as np
 from measure import Figure, Part, add_inputs, descriptions, log, read_sample, sample_pool
 from plain import PlainWay
 
-from sae_ray.artifacts import begin
 from sae_ray.chat import Kind, Tokens
-from sae_ray.curate import build
-from sae_ray.curate.index import KIND, FeatureIndex
+from sae_ray.curate.index import FeatureIndex
 from sae_ray.curate.scorer import LatentScorer, ScorerConfig
+from sae_ray.curate.settings import IndexSettings
+from sae_ray.distributed.data import build_index
 from sae_ray.explain.curation import Curator, Request
-from sae_ray.pool import plan
 
 BUDGET = 500
 
@@ -88,12 +87,11 @@ def compare_selections(config: ScorerConfig, sample: str, folder: str, part: Par
 
 def write_index(config: ScorerConfig, sample: str, path: str) -> None:
     """Index a sample in this process."""
-    pieces = plan(sample).slices
-    begin(path, KIND, {**dataclasses.asdict(config), "keep_columns": []})
-    scorer = LatentScorer.load(config)
-    for piece in pieces:
-        build.write_shard(scorer, piece, path)
-    build.finish_index(path, len(pieces), d_sae=scorer.encoder.d_sae, max_rejected=0.1)
+    settings = IndexSettings(
+        pool=sample, lm=config.lm, sae=config.sae, dtype=config.dtype, num_workers=0
+    )
+    for _ in build_index(settings, path):
+        pass
 
 
 def main() -> None:

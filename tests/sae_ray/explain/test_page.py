@@ -158,8 +158,8 @@ def test_what_to_know_first_is_on_the_page(
         ("caution", "scores go with length (rank correlation 0.70): look whether the task does"),
         (
             "caution",
-            "3 of 33 rows are missing: every other row of the pool nearly copies a chosen one, "
-            "passes the quota or does not fit budget_tokens",
+            "3 of 33 rows are missing: every other row of the pool was dropped, nearly copies a "
+            "chosen one or passes the quota, or the next one does not fit budget_tokens",
         ),
         (
             "caution",
