@@ -5,7 +5,7 @@ from pydantic import Field, JsonValue, model_validator
 from sae_ray.config import JobConfig
 from sae_ray.curate.scorer import ScorerConfig
 from sae_ray.curate.sources import EMBEDDED, ROLES, Role, locate_source
-from sae_ray.lm import DTypeName
+from sae_ray.lm import DTypeName, fast_dtype
 
 _INCIDENTAL = {"max_rejected", "check_fit", "num_workers"}
 """Settings that say what is refused and how fast it goes: a run may be continued with others."""
@@ -23,8 +23,9 @@ class IndexSettings(JobConfig):
     sae: str | None = None
     """SAE of that model: a folder in sae-lens format, or release:sae_id of sae-lens' registry.
     Without it, the embedded one."""
-    dtype: DTypeName = "bfloat16"
-    """Precision of the forward and of the encoder's product; sums stay float32."""
+    dtype: DTypeName = Field(default_factory=fast_dtype)
+    """Precision of the forward and of the encoder's product; sums stay float32. Without it,
+    bfloat16 where the machine that starts the job is fast at it, else float32."""
     max_tokens: int = Field(default=2048, ge=8)
     """Tokens read of each conversation; the rest is left out and counted as truncated."""
     batch_tokens: int = Field(default=4096, ge=1)

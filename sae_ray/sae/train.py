@@ -221,11 +221,12 @@ def train_on_instances(
     out: Path,
     *,
     model_name: str,
+    device: str = "cpu",
     buffer_batches: int = 32,
     seed: int = 0,
 ) -> Iterator[Step]:
     """Train one SAE on instances of a model in this process and, at the end, write it to `out`."""
-    model = LanguageModel.load(lm_path, [spec.hook_point])
+    model = LanguageModel.load(lm_path, [spec.hook_point], device=device)
     stream = ActivationStream(model, in_shards(instances), seed=seed)
     feed = Feed(stream, batch_tokens=recipe.batch_tokens, buffer_batches=buffer_batches, seed=seed)
     sample = feed.sample()

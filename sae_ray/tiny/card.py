@@ -15,7 +15,7 @@ HOW_LABELLED = (
     "concept tags of the generator most enriched among each latent's strongest contexts on the "
     "rows seen in training, or else the tokens there; detection AUC on held-out rows; no judge"
 )
-MAKE_COMMAND = "python jobs/make_tiny.py --pool POOL --text TEXT"
+MAKE_COMMAND = "python jobs/make_tiny.py --device cuda --pool POOL --text TEXT"
 
 HEADROOM_COMMAND = (
     "python tests/benchmarks/tiny_headroom.py --out sae_ray/tiny/default/headroom.json"
@@ -60,7 +60,7 @@ answered throughout), so that an expert has something to learn. Neither model, S
 read a row of any pool for which `is_held_out(id)` is true, and the language model has read no row
 of `pool.parquet` or `eval.parquet` at all.
 
-The SAE was trained in $sae_steps steps of 2,048 tokens on isolated chats: the generated and real
+The SAE was trained in $sae_steps steps of 4,096 tokens on isolated chats: the generated and real
 ones above (a third of these) and the half of the pool that is not held out.
 
 ## How good it is

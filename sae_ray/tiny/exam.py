@@ -51,6 +51,7 @@ def replies(
             add_special_tokens=False,
             return_token_type_ids=False,
         )
+        batch = batch.to(model.device)
         ids = model.generate(  # pyright: ignore[reportCallIssue]
             input_ids=batch["input_ids"],
             attention_mask=batch["attention_mask"],

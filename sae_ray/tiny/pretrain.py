@@ -24,9 +24,9 @@ class PretrainConfig:
     """How long and how fast."""
 
     num_steps: int
-    tokens_per_batch: int = 2048
+    tokens_per_batch: int = 16_384
     """Positions of a batch, padding included."""
-    learning_rate: float = 1.5e-3
+    learning_rate: float = 2e-3
     warmup_steps: int = 300
     decay_share: float = 0.25
     """The rate is constant, then falls linearly to zero over this last share of the steps, so
@@ -45,8 +45,10 @@ class Step:
     learning_rate: float
 
 
-def new_model(tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
-    """Return an untrained Llama of about 2.6 million parameters."""
+def new_model(
+    tokenizer: PreTrainedTokenizerBase, seed: int, device: str = "cpu"
+) -> PreTrainedModel:
+    """Return an untrained Llama of about 2.6 million parameters; its weights depend on the seed."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -62,9 +64,11 @@ def new_model(tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
         eos_token_id=tokenizer.get_vocab()[END],
     )
     # Eager attention: on one core, short rows go faster so than through the fused kernel.
-    return AutoModelForCausalLM.from_config(
-        config, dtype=torch.float32, attn_implementation="eager"
+    attention = "eager" if device == "cpu" else "sdpa"
+    model = AutoModelForCausalLM.from_config(
+        config, dtype=torch.float32, attn_implementation=attention
     )
+    return model.to(device)
 
 
 def new_optimiser(model: PreTrainedModel, config: PretrainConfig) -> torch.optim.Optimizer:
@@ -133,9 +137,10 @@ def logits_at(
 
 def next_token_loss(model: PreTrainedModel, rows: Int[Tensor, "rows tokens"]) -> Tensor:
     """Return the mean loss of each next token of right-padded rows, in bf16 compute."""
+    rows = rows.to(model.device)
     targets = rows[:, 1:]
     kept = targets != IGNORED
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(model.device.type, dtype=torch.bfloat16):
         logits = logits_at(model, rows, kept)
     return functional.cross_entropy(logits.float(), targets[kept])
 

@@ -134,16 +134,22 @@ def _held_out(
 
 
 def pretrain_lm(
-    material: Material, config: PretrainConfig, out: Path, work: Path, save_every: int = 500
+    material: Material,
+    config: PretrainConfig,
+    out: Path,
+    work: Path,
+    *,
+    device: str = "cpu",
+    save_every: int = 500,
 ) -> Iterator[Step]:
     """Pre-train and write model and tokenizer to `out`; a stopped run goes on from `work`."""
     tokenizer = material.tokenizer
-    model = new_model(tokenizer, config.seed)
+    model = new_model(tokenizer, config.seed, device)
     optimiser = new_optimiser(model, config)
     state_path = work / "pretraining.pt"
     start = 0
     if state_path.exists():
-        state = torch.load(state_path, weights_only=True)
+        state = torch.load(state_path, map_location=device, weights_only=True)
         model.load_state_dict(state["model"])
         optimiser.load_state_dict(state["optimiser"])
         start = state["step"]

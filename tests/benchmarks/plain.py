@@ -19,7 +19,7 @@ from sae_ray.lm import HookPoint
 class PlainWay:
     """Whole model, padded batches, every latent of every token in memory."""
 
-    def __init__(self, lm: str, sae: str, dtype: str) -> None:
+    def __init__(self, lm: str, sae: str, dtype: str, device: str = "cpu") -> None:
         self.tokenizer = AutoTokenizer.from_pretrained(lm)
         self.tokenizer.padding_side = "right"
         if self.tokenizer.chat_template is None:
@@ -27,8 +27,8 @@ class PlainWay:
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         torch_dtype = getattr(torch, dtype)
-        self.model = AutoModelForCausalLM.from_pretrained(lm, dtype=torch_dtype).eval()
-        self.sae = SAE.load_from_disk(sae).to(dtype=torch_dtype).eval()
+        self.model = AutoModelForCausalLM.from_pretrained(lm, dtype=torch_dtype).eval().to(device)
+        self.sae = SAE.load_from_disk(sae).to(dtype=torch_dtype, device=device).eval()
         hook_point = HookPoint.parse(self.sae.cfg.metadata.hook_name)
         assert hook_point.site == "resid_post"
         # The last entry of `hidden_states` is behind the final norm.
@@ -60,13 +60,14 @@ class PlainWay:
             rows = order[start : start + batch_rows]
             batch = self.tokenizer.pad(
                 {"input_ids": [ids[i] for i in rows]}, padding=True, return_tensors="pt"
-            )
+            ).to(self.model.device)
             keep = torch.zeros(batch["input_ids"].shape, dtype=self.sae.dtype)
             for one, i in zip(keep, rows, strict=True):
                 one[: len(ids[i])] = torch.from_numpy(content[i])
+            keep = keep.to(self.model.device)
             output = self.model(**batch, output_hidden_states=True, use_cache=False)
             z = self.sae.encode(output.hidden_states[self.layer + 1])
             # One product, with sums in fp32 inside; z * mask would write tokens x d_sae again.
             sums = torch.bmm(keep[:, None], z)[:, 0].float()
-            pooled[rows] = (sums / keep.float().sum(1, keepdim=True).clamp(min=1)).numpy()
+            pooled[rows] = (sums / keep.float().sum(1, keepdim=True).clamp(min=1)).cpu().numpy()
         return pooled

@@ -62,10 +62,11 @@ def finetune(
         order = rng.permutation(len(examples))
         for start in range(0, len(order), batch_rows):
             chosen = [examples[i] for i in order[start : start + batch_rows]]
-            rows = pad([np.asarray(ids, dtype=np.int32) for ids, _ in chosen])
+            rows = pad([np.asarray(ids, dtype=np.int32) for ids, _ in chosen]).to(model.device)
             targets = pad([np.asarray(wanted, dtype=np.int32) for _, wanted in chosen])[:, 1:]
+            targets = targets.to(model.device)
             kept = targets != IGNORED
-            with torch.autocast("cpu", dtype=torch.bfloat16):
+            with torch.autocast(model.device.type, dtype=torch.bfloat16):
                 logits = logits_at(model, rows, kept)
             loss = functional.cross_entropy(logits.float(), targets[kept])
             optimiser.zero_grad(set_to_none=True)
@@ -75,8 +76,8 @@ def finetune(
             schedule.step()
 
 
-def load(path: Path) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+def load(path: Path, device: str) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).to(device)
 
 
 def main() -> None:
@@ -91,6 +92,7 @@ def main() -> None:
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--batch_rows", type=int, default=16)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -98,7 +100,9 @@ def main() -> None:
     pool = pq.read_table(options.data / "pool.parquet").to_pylist()
     exam = pq.read_table(options.data / "eval.parquet").to_pylist()
     domains = options.domains.split(",") if options.domains else list(SKILLS)
-    base = accuracies(load(options.lm), tokenizer, [r for r in exam if r["domain"] in domains])
+    base = accuracies(
+        load(options.lm, options.device), tokenizer, [r for r in exam if r["domain"] in domains]
+    )
     table = {}
     for domain in domains:
         rows = [row for row in pool if row["domain"] == domain]
@@ -106,7 +110,7 @@ def main() -> None:
         after = []
         for seed in map(int, options.seeds.split(",")):
             chosen = random.Random(seed).sample(rows, options.num_rows)
-            model = load(options.lm)
+            model = load(options.lm, options.device)
             finetune(
                 model,
                 [encode(tokenizer, row["messages"]) for row in chosen],
