@@ -25,7 +25,7 @@ from fsspec.core import has_magic
 
 from sae_ray.chat import Conversation
 from sae_ray.errors import PoolError
-from sae_ray.rows import MAX_CHARS, BadRow, Rejected, excerpt, to_conversation
+from sae_ray.rows import FORMS, MAX_CHARS, BadRow, Forms, Rejected, excerpt, to_conversation
 from sae_ray.tables import (
     SOURCES_TEXT,
     Slice,
@@ -79,7 +79,13 @@ class SliceRows:
     """The columns asked for, beside the conversations; "" where a row has none."""
 
 
-def plan(source: str, *, rows_per_shard: int = 2048, staging: str | None = None) -> Plan:
+def plan(
+    source: str,
+    *,
+    rows_per_shard: int = 2048,
+    staging: str | None = None,
+    forms: Forms = FORMS,
+) -> Plan:
     """Cut a pool into slices of at most `rows_per_shard` rows without reading its contents.
 
     Args:
@@ -88,13 +94,14 @@ def plan(source: str, *, rows_per_shard: int = 2048, staging: str | None = None)
         rows_per_shard: the last slice of each file may be smaller.
         staging: folder that every worker can read, for what has to be converted first
             (.gz files and datasets).
+        forms: columns that its rows may have.
 
     Raises:
         PoolError: the pool is missing, empty, unreadable, or of another schema.
     """
     assert rows_per_shard > 0
-    fs, paths = _find(source, staging)
-    cut_one = partial(_cut, fs, rows_per_shard=rows_per_shard, staging=staging)
+    fs, paths = _find(source, staging, forms)
+    cut_one = partial(_cut, fs, rows_per_shard=rows_per_shard, staging=staging, forms=forms)
     with ThreadPoolExecutor(8) as threads:
         tables = list(threads.map(cut_one, paths))
     slices: list[Slice] = []
@@ -139,7 +146,7 @@ def read(part: Slice, *, max_chars: int = MAX_CHARS, keep_columns: Sequence[str]
     return result
 
 
-def _find(source: str, staging: str | None) -> tuple[AbstractFileSystem, list[str]]:
+def _find(source: str, staging: str | None, forms: Forms) -> tuple[AbstractFileSystem, list[str]]:
     """Return the files of a pool, in order."""
     try:
         fs, path = fsspec.core.url_to_fs(source)
@@ -158,7 +165,7 @@ def _find(source: str, staging: str | None) -> tuple[AbstractFileSystem, list[st
         if dataset is None:
             found = sorted(map(str, fs.glob(path))) if has_magic(source) else []
             return fs, [p for p in found if fs.isfile(p)] or _missing(source)
-    staged = _staging().stage_dataset(dataset, _needed(staging, source))
+    staged = _staging().stage_dataset(dataset, _needed(staging, source), forms)
     fs, path = fsspec.core.url_to_fs(staged)
     return fs, [path]
 
@@ -223,11 +230,18 @@ def _staging() -> ModuleType:
     return staging
 
 
-def _cut(fs: AbstractFileSystem, path: str, *, rows_per_shard: int, staging: str | None) -> Table:
+def _cut(
+    fs: AbstractFileSystem,
+    path: str,
+    *,
+    rows_per_shard: int,
+    staging: str | None,
+    forms: Forms,
+) -> Table:
     """Cut one file, unpacked first if it must be."""
     url = url_of(fs, path)
     with explained(url):
         if fs.size(path) and read_bytes(fs, path, 0, 2) == b"\x1f\x8b":
             plain = _staging().stage_gzip(url, hash_file(fs, path), _needed(staging, url))
             fs, path = fsspec.core.url_to_fs(plain)
-    return cut(fs, path, rows_per_shard)
+    return cut(fs, path, rows_per_shard, forms=forms)

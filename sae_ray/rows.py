@@ -35,7 +35,8 @@ FORMS: tuple[tuple[str, ...], ...] = (
 )
 """Columns of each form, in the order in which they are looked for."""
 
-FORMS_TEXT = "messages; conversations; prompt, completion; prompt, response; instruction, output"
+PLAIN_FORMS = (*FORMS, ("text",))
+"""The same, and plain text, where that will do."""
 
 MAX_CHARS = 1_000_000
 """Longest turn that is read, in characters."""
@@ -74,9 +75,17 @@ def count_reasons(rejected: Iterable[Rejected]) -> dict[str, int]:
     return dict(Counter(row.reason for row in rejected).most_common())
 
 
-def find_form(columns: Collection[str]) -> tuple[str, ...] | None:
+Forms = tuple[tuple[str, ...], ...]
+
+
+def find_form(columns: Collection[str], forms: Forms = FORMS) -> tuple[str, ...] | None:
     """Return the columns of the first form that is all there."""
-    return next((form for form in FORMS if all(name in columns for name in form)), None)
+    return next((form for form in forms if all(name in columns for name in form)), None)
+
+
+def forms_text(forms: Forms = FORMS) -> str:
+    """Name forms in one line."""
+    return "; ".join(map(", ".join, forms))
 
 
 def to_conversation(row: Mapping[str, object], *, max_chars: int = MAX_CHARS) -> Conversation:
@@ -87,7 +96,7 @@ def to_conversation(row: Mapping[str, object], *, max_chars: int = MAX_CHARS) ->
     """
     form = find_form(row)
     if form is None:
-        raise BadRow(f"no known columns (read are: {FORMS_TEXT})", excerpt(", ".join(row)))
+        raise BadRow(f"no known columns (read are: {forms_text()})", excerpt(", ".join(row)))
     if form == ("instruction", "output"):
         messages = _from_instruction(row)
     elif len(form) == 1:

@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 from datasets.exceptions import DatasetsError
 
 from sae_ray.errors import PoolError
-from sae_ray.rows import FORMS, FORMS_TEXT, find_form
+from sae_ray.rows import FORMS, Forms, find_form, forms_text
 
 _ROW_GROUP_ROWS = 1024
 _FORMATS = ("arrow", "csv", "json", "parquet", "text")
@@ -66,14 +66,14 @@ def stage_gzip(url: str, content_hash: str, staging: str) -> str:
     return target
 
 
-def stage_dataset(source: DatasetName, staging: str) -> str:
+def stage_dataset(source: DatasetName, staging: str, forms: Forms = FORMS) -> str:
     """Write a dataset's conversations to Parquet and return where it is."""
     try:
         batches, version = _load_saved(source) if source.saved else _load(source)
         target = f"{staging.rstrip('/')}/{_digest(str(source), version)}.parquet"
         with _written_once(str(source), target) as out:
             if out is not None:
-                _write_parquet(source, batches, out)
+                _write_parquet(source, batches, out, forms)
     except (OSError, ValueError, DatasetsError) as error:
         line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise PoolError(
@@ -118,13 +118,15 @@ def _choose_split(source: DatasetName, splits: list[str]) -> str:
     return split
 
 
-def _write_parquet(source: DatasetName, batches: Iterator[pa.Table], out: BinaryIO) -> None:
+def _write_parquet(
+    source: DatasetName, batches: Iterator[pa.Table], out: BinaryIO, forms: Forms
+) -> None:
     """Write the columns of the form, the id, and plain columns that may be reported."""
     writer: pq.ParquetWriter | None = None
     try:
         for batch in batches:
             if writer is None:
-                schema = _kept_schema(source, batch.schema)
+                schema = _kept_schema(source, batch.schema, forms)
                 writer = pq.ParquetWriter(out, schema, compression="zstd")
             writer.write_table(batch.select(writer.schema.names).cast(writer.schema))
         if writer is None:
@@ -134,12 +136,11 @@ def _write_parquet(source: DatasetName, batches: Iterator[pa.Table], out: Binary
             writer.close()
 
 
-def _kept_schema(source: DatasetName, schema: pa.Schema) -> pa.Schema:
-    form = find_form(schema.names)
-    if form is None:
+def _kept_schema(source: DatasetName, schema: pa.Schema, forms: Forms) -> pa.Schema:
+    if find_form(schema.names, forms) is None:
         raise PoolError(
             f"pool {source} has the columns {', '.join(schema.names)}: needed are those of one of "
-            f"these forms: {FORMS_TEXT}; rename its columns or convert it"
+            f"these forms: {forms_text(forms)}; rename its columns or convert it"
         )
     used = {name for columns in FORMS for name in columns} | {"input"}
     return pa.schema([f for f in schema if f.name in used or not pa.types.is_nested(f.type)])

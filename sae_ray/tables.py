@@ -24,7 +24,7 @@ from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
 from sae_ray.errors import PoolError
-from sae_ray.rows import FORMS, FORMS_TEXT, BadRow, excerpt, find_form
+from sae_ray.rows import FORMS, BadRow, Forms, excerpt, find_form, forms_text
 from sae_ray.storage import storage_errors
 
 Kind = Literal["parquet", "jsonl"]
@@ -67,7 +67,7 @@ class Table:
     slices: list[Slice]
 
 
-def cut(fs: AbstractFileSystem, path: str, rows_per_slice: int) -> Table:
+def cut(fs: AbstractFileSystem, path: str, rows_per_slice: int, *, forms: Forms = FORMS) -> Table:
     """Cut a file into slices of at most so many rows.
 
     Raises:
@@ -78,13 +78,13 @@ def cut(fs: AbstractFileSystem, path: str, rows_per_slice: int) -> Table:
         num_bytes = int(fs.size(path) or 0)
         head = read_bytes(fs, path, 0, min(4, num_bytes)) if num_bytes else b""
         if head == b"PAR1":
-            return _cut_parquet(fs, path, num_bytes, rows_per_slice)
+            return _cut_parquet(fs, path, num_bytes, rows_per_slice, forms)
         if path.lower().endswith((".parquet", ".pq")):
             raise PoolError(
                 f"{url} is no Parquet file ({num_bytes:,} bytes, begins with {head!r}): a Parquet "
                 "file begins with PAR1; copy it again, or give it its true ending"
             )
-        return _cut_lines(fs, path, num_bytes, rows_per_slice)
+        return _cut_lines(fs, path, num_bytes, rows_per_slice, forms)
 
 
 def read_rows(
@@ -116,11 +116,13 @@ def url_of(fs: AbstractFileSystem, path: str) -> str:
     return path if isinstance(fs, LocalFileSystem) else str(fs.unstrip_protocol(path))
 
 
-def _cut_parquet(fs: AbstractFileSystem, path: str, num_bytes: int, rows_per_slice: int) -> Table:
+def _cut_parquet(
+    fs: AbstractFileSystem, path: str, num_bytes: int, rows_per_slice: int, forms: Forms
+) -> Table:
     with _open_parquet(fs, path) as file:
         rows, columns = file.metadata.num_rows, tuple(file.schema_arrow.names)
-    if find_form(columns) is None:
-        raise _wrong_schema(url_of(fs, path), columns)
+    if find_form(columns, forms) is None:
+        raise _wrong_schema(url_of(fs, path), columns, forms)
     edges = [*range(0, rows, rows_per_slice), rows]
     slices = [
         Slice(i, start, stop - start, url_of(fs, path), "parquet", start, stop, num_bytes)
@@ -129,8 +131,10 @@ def _cut_parquet(fs: AbstractFileSystem, path: str, num_bytes: int, rows_per_sli
     return Table(hash_file(fs, path), columns, slices)
 
 
-def _cut_lines(fs: AbstractFileSystem, path: str, num_bytes: int, rows_per_slice: int) -> Table:
-    columns = _line_columns(fs, path, num_bytes) if num_bytes else ()
+def _cut_lines(
+    fs: AbstractFileSystem, path: str, num_bytes: int, rows_per_slice: int, forms: Forms
+) -> Table:
+    columns = _line_columns(fs, path, num_bytes, forms) if num_bytes else ()
     digest = hashlib.sha256()
     starts, lines, at, last = [0], 0, 0, b"\n"
     for chunk in _chunks(fs, path, 0, num_bytes):
@@ -151,7 +155,9 @@ def _cut_lines(fs: AbstractFileSystem, path: str, num_bytes: int, rows_per_slice
     return Table(digest.hexdigest(), columns, slices)
 
 
-def _line_columns(fs: AbstractFileSystem, path: str, num_bytes: int) -> tuple[str, ...]:
+def _line_columns(
+    fs: AbstractFileSystem, path: str, num_bytes: int, forms: Forms
+) -> tuple[str, ...]:
     """Look at the first rows; refuse a file in which none has a known form."""
     url = url_of(fs, path)
     sample = read_bytes(fs, path, 0, min(num_bytes, _CHUNK_BYTES))
@@ -165,10 +171,10 @@ def _line_columns(fs: AbstractFileSystem, path: str, num_bytes: int) -> tuple[st
             f"{url} is one JSON list: needed is one object a line; "
             f"convert it, as with: jq -c '.[]' {url} > pool.jsonl"
         )
-    if not whole or any(find_form(row) for row in objects):
+    if not whole or any(find_form(row, forms) for row in objects):
         return columns
     if objects:
-        raise _wrong_schema(url, columns)
+        raise _wrong_schema(url, columns, forms)
     raise PoolError(
         f"{url} is neither Parquet nor JSONL: none of its first {len(whole):,} lines is a JSON "
         f"object (it begins with {sample[:40]!r}); give {SOURCES_TEXT}"
@@ -179,10 +185,10 @@ def _end(fs: AbstractFileSystem, path: str, num_bytes: int) -> bytes:
     return read_bytes(fs, path, max(0, num_bytes - 64), num_bytes).rstrip()[-1:]
 
 
-def _wrong_schema(url: str, columns: Sequence[str]) -> PoolError:
+def _wrong_schema(url: str, columns: Sequence[str], forms: Forms) -> PoolError:
     return PoolError(
         f"{url} has the columns {excerpt(', '.join(columns))}: needed are those of one of these "
-        f"forms: {FORMS_TEXT}; rename its columns or convert it"
+        f"forms: {forms_text(forms)}; rename its columns or convert it"
     )
 
 

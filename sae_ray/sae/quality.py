@@ -112,7 +112,7 @@ def measure_sae(
     quality = measure_saes(model, {"": encoder}, instances)[""]
     if not splice:
         return quality
-    batches = _batches(instances, 2048)
+    batches = batches_of(instances, 2048)
     return dataclasses.replace(
         quality, recovered=recovered(WholeModel.load(lm_path), encoder, batches)
     )
@@ -127,7 +127,7 @@ def measure_saes(
 ) -> dict[str, Quality]:
     """Measure any number of SAEs of a model on the same instances, from one forward."""
     meters = {name: Meter(encoder) for name, encoder in encoders.items()}
-    for sequences in _batches(instances, tokens_per_forward):
+    for sequences in batches_of(instances, tokens_per_forward):
         read = read_sequences(model, sequences)
         lanes = torch.from_numpy(np.concatenate(sequences)).to(model.device)
         for name, encoder in encoders.items():
@@ -143,7 +143,8 @@ def measure(encoder: LatentEncoder, batches: Iterable[TokenBatch]) -> Quality:
     return meter.quality()
 
 
-def _batches(instances: Sequence[Lanes], tokens_per_forward: int) -> Iterable[list[Lanes]]:
+def batches_of(instances: Sequence[Lanes], tokens_per_forward: int) -> Iterable[list[Lanes]]:
+    """Yield instances in batches of like length, always the same ones."""
     lengths = [len(one) for one in instances]
     for group in length_buckets(lengths, tokens_per_forward, np.random.default_rng(0)):
         yield [instances[row] for row in group]

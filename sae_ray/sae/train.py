@@ -94,6 +94,8 @@ class Trainer:
         }
         self.number = 0
         """Steps taken."""
+        self.num_tokens = 0
+        """Trained on by all workers."""
         self._health = {name: Health() for name in self.learners}
 
     def start(self, sample: TokenBatch) -> None:
@@ -135,15 +137,16 @@ class Trainer:
         num_tokens = len(batch) * self.num_workers
         for learner, tally in zip(learners, tallies, strict=True):
             learner.update(tally.fired, self.number, num_tokens)
-        self.number += 1
+        self.number, self.num_tokens = self.number + 1, self.num_tokens + num_tokens
         named = dict(zip(self.learners, figures, strict=True))
-        return Step(self.number - 1, self.number * num_tokens, named)
+        return Step(self.number - 1, self.num_tokens, named)
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that the next steps depend on, besides the batches."""
         return {
             "made_for": self._made_for(),
             "number": self.number,
+            "num_tokens": self.num_tokens,
             "health": {name: dataclasses.asdict(one) for name, one in self._health.items()},
             "learners": {name: one.state_dict() for name, one in self.learners.items()},
         }
@@ -161,7 +164,7 @@ class Trainer:
                 f"{name}={given[name]}, but the checkpoint was made with {made_for.get(name)}: "
                 "continue with that, or start anew in another folder"
             )
-        self.number = state["number"]
+        self.number, self.num_tokens = state["number"], state["num_tokens"]
         self._health = {name: Health(**one) for name, one in state["health"].items()}
         for name, learner in self.learners.items():
             learner.load_state_dict(state["learners"][name])
