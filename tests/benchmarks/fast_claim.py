@@ -40,8 +40,8 @@ from sae_ray.sae.train import Trainer, train
 from sae_ray.tiny.split import is_held_out
 
 PENALTIES: dict[Any, tuple[float, ...]] = {
-    "standard": (0.5, 1.0, 2.0, 4.0),
-    "jumprelu": (0.01, 0.03, 0.1, 0.3),
+    "standard": (0.5, 1.0, 2.0, 4.0, 8.0),
+    "jumprelu": (0.03, 0.1, 0.3, 1.0, 3.0),
 }
 PARTS = ("special and role", "all", "content", "position 0", "all but position 0")
 PAPER = {
