@@ -188,11 +188,11 @@ class LatentModel(BaseTuner):
         self.positions = Positions()
         self.biases = Biases()
 
-    def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
+    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
         assert isinstance(peft_config, LatentConfig)
-        assert isinstance(model, PreTrainedModel)
-        paths = [_path(model, point) for point in _points(peft_config, model)]
+        paths = [_path(self.model, point) for point in _points(peft_config, self.model)]
         peft_config.target_modules = "|".join(re.escape(path) for path in dict.fromkeys(paths))
+        return peft_config
 
     def _create_and_replace(
         self,
