@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from sae_ray.adapters.edits import LATENT_KINDS
 from sae_ray.adapters.latent import LatentConfig
 from sae_ray.adapters.positions import Where
+from sae_ray.adapters.subspace import Mode, Side, Subspace, hold, lora_config, place_subspace
 from sae_ray.errors import ConfigError
 from sae_ray.sae.labels import fingerprint
 from sae_ray.sae.pretrained import load_encoder
@@ -18,14 +19,14 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 
 _SETTINGS: dict[str, set[str]] = {
     "lora": {"r", "alpha", "targets"},
-    "subspace": {"subspace", "mode", "sides", "alpha"},
+    "subspace": {"subspaces", "mode", "sides", "scale", "soft_weight"},
     **{
         kind: {"sae", "hook_points", "latents", "positions", "l1", "edit_penalty"}
         for kind in LATENT_KINDS
     },
 }
 _SETTINGS["residual"] |= {"hidden"}
-_REQUIRED = {"subspace": "subspace", **dict.fromkeys(LATENT_KINDS, "sae")}
+_REQUIRED = {"subspace": "subspaces", **dict.fromkeys(LATENT_KINDS, "sae")}
 
 
 class AdapterSpec(BaseModel):
@@ -37,15 +38,19 @@ class AdapterSpec(BaseModel):
     r: int = 16
     """Rank, for lora."""
     alpha: float | None = None
-    """Scale times rank, for lora and subspace; the rank unless given."""
+    """Scale times rank, for lora; the rank unless given."""
     targets: tuple[str, ...] | None = None
     """Names of the matrices that lora changes; all linear ones but the head unless given."""
-    subspace: str | None = None
-    """Folder of a subspace, made by `sae_ray.adapters.subspace`."""
-    mode: Literal["freeze", "init", "core", "soft"] = "freeze"
+    subspaces: tuple[str, ...] = ()
+    """Folders of subspaces, as `Subspace.save` writes them."""
+    scale: float = 1.0
+    """What the product of a subspace's factors is multiplied by."""
+    mode: Mode = "freeze"
     """What a subspace keeps: see `sae_ray.adapters.subspace`."""
-    sides: tuple[Literal["writers", "readers"], ...] = ("writers", "readers")
+    sides: tuple[Side, ...] = ("writers", "readers")
     """The matrices that a subspace is put on."""
+    soft_weight: float = 1.0
+    """Weight in the loss of the update's squared part outside the span, for mode soft."""
     sae: tuple[str, ...] = ()
     """SAEs whose latents are trained on: folders or release:sae_id."""
     hook_points: tuple[str, ...] = ()
@@ -91,17 +96,31 @@ def attach(
     Raises:
         ModelError: model, SAE and hook points do not fit each other.
     """
-    config = config_of(spec)
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    assert isinstance(base, PreTrainedModel)
+    subspaces = [Subspace.load(folder) for folder in spec.subspaces]
+    config = lora_config(base, subspaces, spec.sides, spec.scale) if subspaces else config_of(spec)
     if isinstance(model, PeftModel):
         model.add_adapter(name, config)
-        return model
-    adapted = get_peft_model(model, config, adapter_name=name)
-    assert isinstance(adapted, PeftModel)
-    return adapted
+    else:
+        model = get_peft_model(model, config, adapter_name=name)
+        assert isinstance(model, PeftModel)
+    for subspace in subspaces:
+        place_subspace(
+            model, subspace, spec.mode, spec.sides, name=name, soft_weight=spec.soft_weight
+        )
+    return model
+
+
+def hold_again(adapted: PeftModel, spec: AdapterSpec, *, name: str = "default") -> None:
+    """Freeze again what a loaded adapter of kind subspace keeps: PEFT's files do not say it."""
+    for folder in spec.subspaces:
+        subspace = Subspace.load(folder)
+        hold(adapted, subspace, spec.mode, spec.sides, name=name, soft_weight=spec.soft_weight)
 
 
 def config_of(spec: AdapterSpec) -> PeftConfig:
-    """Return PEFT's description of an adapter."""
+    """Return PEFT's description of a LoRA or of a latent adapter."""
     if spec.kind == "lora":
         return LoraConfig(
             r=spec.r,

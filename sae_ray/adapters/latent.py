@@ -149,8 +149,8 @@ class LatentLayer(nn.Module, BaseTunerLayer):
         if edit.kind != "steering" or edit.sae.input_norm != "none":
             what = edit.kind if edit.kind != "steering" else "steering with a normalising SAE"
             raise ModelError(
-                f"adapter {name} ({what}) cannot be merged: it depends on what each token activates; "
-                "use it as it is, or unload() for the model without it"
+                f"adapter {name} ({what}) cannot be merged: it depends on what each token "
+                "activates; use it as it is, or unload() for the model without it"
             )
         if self.where[name] != "all":
             raise ModelError(

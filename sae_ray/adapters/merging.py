@@ -1,4 +1,4 @@
-"""Merging of a steering edit into a bias, where that gives the same model; refused where it does not."""
+"""Merging of a steering edit into a bias: refused where that would not give the same model."""
 
 import torch
 from jaxtyping import Float
@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 from sae_ray.adapters.projections import PROJECTIONS, layers_path
 from sae_ray.errors import ModelError
-from sae_ray.lm import HookPoint, family_of
+from sae_ray.lm import HookPoint
 
 
 class Biases:

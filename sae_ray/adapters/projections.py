@@ -1,4 +1,4 @@
-"""Projections: the matrices of a layer that write to the residual stream, and those that read it."""
+"""Projections: the matrices of a layer that write to the residual stream, or read it."""
 
 import dataclasses
 
