@@ -4,6 +4,7 @@ import os
 import re
 import uuid
 from pathlib import Path
+from typing import cast
 
 from fsspec.implementations.local import LocalFileSystem
 
@@ -25,7 +26,8 @@ class Log:
         """Return all entries, in the order in which they were added."""
         fs, root = locate(self.path)
         with explain_storage(self.path):
-            return [fs.cat_file(f"{root}/{number:06}.json") for number in self._numbers()]
+            names = [f"{root}/{number:06}.json" for number in self._numbers()]
+            return [cast(bytes, fs.cat_file(name)) for name in names]
 
     def append(self, entry: bytes) -> int:
         """Add an entry behind all others, and return its number.
