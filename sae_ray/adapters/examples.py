@@ -54,7 +54,12 @@ class Examples(Generic[AnyExample]):
 
 
 def read_examples(
-    source: str, tokenizer: ChatTokenizer, *, max_tokens: int, staging: str | None = None
+    source: str,
+    tokenizer: ChatTokenizer,
+    *,
+    max_tokens: int,
+    max_rows: int | None = None,
+    staging: str | None = None,
 ) -> Examples[Example]:
     """Read the conversations of a pool.
 
@@ -66,11 +71,16 @@ def read_examples(
         conversation = to_conversation(row)
         return _example(conversation, tokenizer, max_tokens, every_turn=True)
 
-    return _read(source, read, staging)
+    return _read(source, read, max_rows, staging)
 
 
 def read_pairs(
-    source: str, tokenizer: ChatTokenizer, *, max_tokens: int, staging: str | None = None
+    source: str,
+    tokenizer: ChatTokenizer,
+    *,
+    max_tokens: int,
+    max_rows: int | None = None,
+    staging: str | None = None,
 ) -> Examples[PairExample]:
     """Read the preference pairs of a pool.
 
@@ -89,7 +99,7 @@ def read_pairs(
             raise BadRow("tokens of the prompt depend on the reply", pair.id)
         return PairExample(pair.id, chosen, rejected)
 
-    return _read(source, read, staging)
+    return _read(source, read, max_rows, staging)
 
 
 def split(
@@ -105,13 +115,16 @@ def split(
 
 
 def _read(
-    source: str, read: Callable[[dict], AnyExample], staging: str | None
+    source: str, read: Callable[[dict], AnyExample], max_rows: int | None, staging: str | None
 ) -> Examples[AnyExample]:
     planned = plan(source, staging=staging)
+    parts = [part for part in planned.slices if max_rows is None or part.first_row < max_rows]
     rows: list[AnyExample] = []
     rejected: list[Rejected] = []
-    for part in planned.slices:
+    for part in parts:
         for number, row in enumerate(read_rows(part), part.first_row):
+            if number == max_rows:
+                break
             try:
                 if isinstance(row, BadRow):
                     raise row

@@ -77,10 +77,20 @@ class Look:
         Pairs that are ranked alike are told apart by a small share of their margins.
         """
         if objective == "dpo":
-            margins = [b.nats - a.nats for a, b in _pairs(self.held_out)]
+            margins = self.margins()
             wrong = sum(margin <= 0 for margin in margins) / len(margins)
             return wrong - 1e-6 * math.tanh(sum(margins) / len(margins))
         return mean_nats(self.held_out)
+
+    def margins(self) -> list[float]:
+        """Return by how many nats each held-out pair's chosen reply is the likelier."""
+        pairs = zip(self.held_out[::2], self.held_out[1::2], strict=True)
+        return [rejected.nats - chosen.nats for chosen, rejected in pairs]
+
+    def figures(self, objective: str) -> dict[str, float]:
+        """Return its means."""
+        figures = {"held_out_loss": self.loss(objective)}
+        return figures | ({"general_loss": mean_nats(self.general)} if self.general else {})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +124,11 @@ class Finetuning:
         Args:
             lm: folder or hub name.
             adapter: what is trained; None trains every weight.
+            recipe: how.
+            material: on what.
             folder: local, for checkpoints and the best model.
+            world: which of how many workers this is.
+            gather: takes what a worker holds to all of them.
             start_from: PEFT folder of an adapter to go on from, in place of a new one.
 
         Raises:
@@ -130,12 +144,12 @@ class Finetuning:
             tokenizer.pad_token = tokenizer.eos_token
         if retained := bool(material.retain) and recipe.retain_weight > 0:
             require_adapter(adapter or start_from, "retain_weight")
-        torch.manual_seed(recipe.seed)
         full = adapter is None and start_from is None
         # Weights that are trained stay float32; under DeepSpeed its engine keeps them so.
         dtype = "float32" if full and self.world.deepspeed is None else recipe.dtype
         base = load_causal(lm, dtype)
         self.num_base_parameters = count(base.parameters())
+        torch.manual_seed(recipe.seed)
         self.model = adapted(base, adapter, start_from)
         reference = load_causal(lm, dtype) if full and recipe.objective == "dpo" else None
         micro, _ = recipe.micro_rows_for(self.world.count)
@@ -197,6 +211,18 @@ class Finetuning:
         """Write the model of the best look: a PEFT folder, or all weights."""
         shutil.copytree(self.folder / BEST, folder, dirs_exist_ok=True)
 
+    def curves(self) -> list[dict[str, float]]:
+        """Return the figures of every step and look so far, also of those before a restart."""
+        objective = self.recipe.objective
+        rows: dict[int, dict[str, float]] = {}
+        for log in self.trainer.state.log_history:
+            if "loss" in log:
+                rows[int(log["step"])] = {name: float(value) for name, value in log.items()}
+        for look in self.looks:
+            row = rows.setdefault(look.number, {"step": float(look.number)})
+            row |= look.figures(objective)
+        return [rows[number] for number in sorted(rows)]
+
     def look(self, number: int) -> Look:
         """Look at the held-out rows and at plain text, without learning from them."""
         held: Any = self.material.held_out
@@ -230,9 +256,7 @@ class Finetuning:
         self.looks.append(look)
         if number and self.best is look:
             save_model(self.trainer, self.folder / BEST, self.world)
-        figures = {f"held_out_{self.recipe.objective}_loss": look.loss(self.recipe.objective)}
-        figures |= {"general_loss": mean_nats(look.general)} if look.general else {}
-        return Step(number, self.total, figures, look=look)
+        return Step(number, self.total, look.figures(self.recipe.objective), look=look)
 
     def _has_no_patience(self) -> bool:
         since = len(self.looks) - 1 - self.looks.index(self.best)
@@ -263,7 +287,7 @@ class Finetuning:
             else (type(engine).__name__, self.trainer.accelerator.num_processes)
         )
         wanted = (self.world.zero_stage, self.world.count)
-        assert is_one and found == wanted, f"asked for ZeRO and workers {wanted}, got {found}"
+        assert found == wanted, f"asked for ZeRO stage and workers {wanted}, got {found}"
 
     def _require_own_rows(self, number: int) -> None:
         """Workers that are all given the same rows learn from a part of them alone."""
@@ -364,10 +388,6 @@ def count(parameters: Iterator[torch.nn.Parameter]) -> int:
 def mean_nats(rows: Sequence[RowLoss]) -> float:
     """Return nats a learnt token over rows."""
     return sum(row.nats for row in rows) / max(1, sum(row.num_tokens for row in rows))
-
-
-def _pairs(rows: Sequence[RowLoss]) -> Iterator[tuple[RowLoss, RowLoss]]:
-    return zip(rows[::2], rows[1::2], strict=True)
 
 
 def _require_number(number: int, figures: dict[str, float]) -> None:

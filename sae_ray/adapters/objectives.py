@@ -1,4 +1,4 @@
-"""Objectives: TRL's SFT and DPO trainers over examples, with staying near the base added to either."""
+"""Objectives: TRL's SFT and DPO trainers over examples, and staying near the base with either."""
 
 import dataclasses
 import hashlib
@@ -144,6 +144,7 @@ def evaluate_every(recipe: Recipe, steps: int) -> int:
 
 def arguments(recipe: Recipe, folder: Path, steps: int, world: World) -> TrainingArguments:
     """Return TRL's settings; made before the model, which ZeRO-3 shards as it is loaded."""
+    assert recipe.learning_rate is not None
     micro, accumulated = recipe.micro_rows_for(world.count)
     on_cpu = not torch.cuda.is_available()
     bfloat16 = recipe.dtype == "bfloat16"

@@ -17,8 +17,9 @@ class Recipe(BaseModel):
 
     objective: Objective = "sft"
     """Learn replies, or learn to prefer one reply to another."""
-    learning_rate: float = Field(default=1e-3, gt=0)
-    """Of AdamW at its height; it rises over warmup_share and then falls to zero in a line."""
+    learning_rate: float | None = Field(default=None, gt=0)
+    """Of AdamW at its height; it rises over warmup_share and then falls to zero in a line. Without
+    it, one that suits the kind of adapter."""
     warmup_share: float = Field(default=0.03, ge=0, le=1)
     """Share of the steps over which the rate rises."""
     weight_decay: float = Field(default=0.0, ge=0)
