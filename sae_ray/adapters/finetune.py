@@ -34,6 +34,7 @@ from sae_ray.adapters.objectives import (
     Retain,
     World,
     arguments,
+    by_its_old_name,
     evaluate_every,
     make_trainer,
     num_steps,
@@ -153,18 +154,18 @@ class Finetuning:
         self.model = adapted(base, adapter, start_from)
         reference = load_causal(lm, dtype) if full and recipe.objective == "dpo" else None
         micro, _ = recipe.micro_rows_for(self.world.count)
-        self.trainer = make_trainer(
-            recipe,
-            args,
-            self.model,
-            tokenizer,
-            material.train,
-            retain=Retain(material.retain, recipe.retain_weight, micro, recipe.seed, self.world)
-            if retained
-            else None,
-            reference=reference,
-            max_tokens=material.max_tokens,
-        )
+        near = Retain(material.retain, recipe.retain_weight, micro, recipe.seed, self.world)
+        with by_its_old_name():
+            self.trainer = make_trainer(
+                recipe,
+                args,
+                self.model,
+                tokenizer,
+                material.train,
+                retain=near if retained else None,
+                reference=reference,
+                max_tokens=material.max_tokens,
+            )
         self.looks: list[Look] = []
         self.stopped_early = False
         self.num_parameters = count(p for p in self.model.parameters() if p.requires_grad)
@@ -249,7 +250,8 @@ class Finetuning:
 
     def _train(self, happened: "Callable[[_Event], None]", checkpoint: Path | None) -> None:
         self.trainer.add_callback(_Teller(happened, self))
-        self.trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        with by_its_old_name():
+            self.trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
     def _looked(self, number: int) -> Step:
         look = self.look(number)

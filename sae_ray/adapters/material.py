@@ -93,8 +93,8 @@ def _general(settings: FinetuneSettings, tokenizer: ChatTokenizer, staging: str)
     backend = tokenizer.tokenizer
     rows = []
     for number, text in enumerate(chosen):
-        ids = backend(text[:_TEXT_CHARS], add_special_tokens=True)["input_ids"]
-        array = np.array(ids[: settings.max_tokens], dtype=np.int32)
+        ids = backend(text[:_TEXT_CHARS], truncation=True, max_length=settings.max_tokens)
+        array = np.array(ids["input_ids"], dtype=np.int32)
         rows.append(Example(f"text-{number}", array, np.arange(len(array)) > 0))
     return [row for row in rows if len(row.ids) > 1]
 

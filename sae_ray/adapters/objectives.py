@@ -3,8 +3,9 @@
 import dataclasses
 import hashlib
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -183,10 +184,20 @@ def arguments(recipe: Recipe, folder: Path, steps: int, world: World) -> Trainin
         "use_cpu": on_cpu and world.deepspeed is None,
         "deepspeed": world.deepspeed,
     }
-    if recipe.objective == "dpo":
-        return DPOConfig(**common, beta=recipe.beta)
     own = {"shuffle_dataset": False, "dataset_kwargs": {"skip_prepare_dataset": True}}
-    return SFTConfig(**common, **own, padding_free=recipe.packing)
+    with by_its_old_name():
+        if recipe.objective == "dpo":
+            return DPOConfig(**common, beta=recipe.beta)
+        return SFTConfig(**common, **own, padding_free=recipe.packing)
+
+
+@contextmanager
+def by_its_old_name() -> Iterator[None]:
+    """TRL 1.16 speaks of gradient checkpointing, which transformers 5.23 has renamed."""
+    with warnings.catch_warnings():
+        message = r"`(is_)?gradient_checkpointing\w*` is deprecated"
+        warnings.filterwarnings("ignore", message, FutureWarning)
+        yield
 
 
 def make_trainer(
