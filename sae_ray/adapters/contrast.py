@@ -74,9 +74,9 @@ class Moments:
         return dense
 
     @property
-    def mean(self) -> Float64[np.ndarray, " d_sae"]:
-        """Mean over conversations."""
-        return self.sums / self.num_rows
+    def all_rows(self) -> "Sums":
+        """Sums over all conversations so far."""
+        return Sums(self.num_rows, self.sums, self.squares)
 
     @property
     def density(self) -> Float64[np.ndarray, " d_sae"]:
@@ -109,33 +109,51 @@ class Divisions:
         self, both: tuple[Moments, Moments], eligible: Bool[np.ndarray, " d_sae"]
     ) -> Float64[np.ndarray, " num"]:
         """Return the largest |t| of the eligible latents in each division."""
-        num = both[0].num_rows + both[1].num_rows
-        sums, squares = both[0].sums + both[1].sums, both[0].squares + both[1].squares
+        whole = both[0].all_rows + both[1].all_rows
         largest = np.zeros(len(self.counts))
         for at, count in enumerate(self.counts):
-            t = welch(
-                (count, self.sums[at], self.squares[at]),
-                (num - count, sums - self.sums[at], squares - self.squares[at]),
-            )
-            largest[at] = np.abs(t[eligible]).max(initial=0.0)
+            part = Sums(float(count), self.sums[at], self.squares[at])
+            largest[at] = np.abs(welch(part, whole - part)[eligible]).max(initial=0.0)
         return largest
 
 
-Sums = tuple[float, Float64[np.ndarray, " d_sae"], Float64[np.ndarray, " d_sae"]]
-"""Number of rows, sums and sums of squares."""
+@dataclasses.dataclass(frozen=True, slots=True)
+class Sums:
+    """What a mean and a variance are made of, latent by latent."""
+
+    num: float | int
+    sums: Float64[np.ndarray, " d_sae"]
+    squares: Float64[np.ndarray, " d_sae"]
+
+    def __add__(self, other: "Sums") -> "Sums":
+        return Sums(self.num + other.num, self.sums + other.sums, self.squares + other.squares)
+
+    def __sub__(self, other: "Sums") -> "Sums":
+        return Sums(self.num - other.num, self.sums - other.sums, self.squares - other.squares)
+
+    @property
+    def mean(self) -> Float64[np.ndarray, " d_sae"]:
+        """Mean over rows."""
+        return self.sums / self.num
+
+    @property
+    def deviations(self) -> Float64[np.ndarray, " d_sae"]:
+        """Sum of squared differences from the mean."""
+        return np.maximum(self.squares - self.sums**2 / self.num, 0)
+
+    @property
+    def variance(self) -> Float64[np.ndarray, " d_sae"]:
+        """Of one row, without bias."""
+        return self.deviations / (self.num - 1)
 
 
 def welch(one: Sums, other: Sums) -> Float64[np.ndarray, " d_sae"]:
     """Return Welch's t of every latent; 0 where nothing varies or there are too few rows."""
-    if min(one[0], other[0]) < 2:
-        return np.zeros_like(one[1])
-    error = sum(_variance(*side) / side[0] for side in (one, other))
-    delta = one[1] / one[0] - other[1] / other[0]
+    if min(one.num, other.num) < 2:
+        return np.zeros_like(one.sums)
+    error = one.variance / one.num + other.variance / other.num
+    delta = one.mean - other.mean
     return np.divide(delta, np.sqrt(error), out=np.zeros_like(delta), where=error > 0)
-
-
-def _variance(num: float, sums: np.ndarray, squares: np.ndarray) -> np.ndarray:
-    return np.maximum(squares - sums**2 / num, 0) / (num - 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,17 +175,18 @@ class Contrast:
     @property
     def effect(self) -> Float64[np.ndarray, " d_sae"]:
         """Cohen's d."""
-        sides = (self.positive, self.against)
-        pooled = sum(_variance(one.num_rows, one.sums, one.squares) for one in sides) / 2
-        delta = self.positive.mean - self.against.mean
+        sides = (self.positive.all_rows, self.against.all_rows)
+        pooled = sides[0].variance / 2 + sides[1].variance / 2
+        delta = sides[0].mean - sides[1].mean
         return np.divide(delta, np.sqrt(pooled), out=np.zeros_like(delta), where=pooled > 0)
 
     def scores(self, score: Score = "t") -> Float64[np.ndarray, " d_sae"]:
         """Return what latents are ranked by, signed; 0 for those that may not be chosen."""
-        delta = self.positive.mean - self.against.mean
+        sides = (self.positive.all_rows, self.against.all_rows)
+        delta = sides[0].mean - sides[1].mean
         if score == "rel_delta":
             # A floor, or the rarest latents win: measured, they are no better than random ones.
-            means = np.maximum(self.positive.mean, self.against.mean)
+            means = np.maximum(sides[0].mean, sides[1].mean)
             delta = delta / np.maximum(means, np.median(means[means > 0]))
         return np.where(self.eligible, self.t if score == "t" else delta, 0.0)
 
@@ -235,12 +254,11 @@ def contrast(
     ordinary = pair[1] if retain is None else _gathered(d_sae, retain, None)
     eligible = _eligible(pair, ordinary)
     largest = divisions.largest(pair, eligible)
-    t = welch(*((one.num_rows, one.sums, one.squares) for one in pair))
     return Contrast(
         positive=pair[0],
         against=pair[1],
         reference=sets["reference"],
-        t=t,
+        t=welch(pair[0].all_rows, pair[1].all_rows),
         t_at_length=_t_at_length(*pair),
         eligible=eligible,
         threshold=float(np.quantile(largest, 0.95)),
@@ -307,17 +325,14 @@ def _warnings(positive: Moments, against: Moments) -> tuple[str, ...]:
 
 def _t_at_length(one: Moments, other: Moments) -> Float64[np.ndarray, " d_sae"]:
     """Return t of the difference with log length held fixed (analysis of covariance)."""
-    lengths = [side.length / side.num_rows for side in (one, other)]
-    within = sum(s.length_squares - s.length**2 / s.num_rows for s in (one, other))
-    cross = sum(s.with_length - s.length * s.sums / s.num_rows for s in (one, other))
-    if within <= 0:
-        return welch(*((s.num_rows, s.sums, s.squares) for s in (one, other)))
-    gap = lengths[0] - lengths[1]
-    delta = one.mean - other.mean - cross / within * gap
-    num = one.num_rows + other.num_rows
-    residual = sum(
-        _variance(s.num_rows, s.sums, s.squares) * (s.num_rows - 1) for s in (one, other)
-    )
-    residual = np.maximum(residual - cross**2 / within, 0) / (num - 3)
-    error = residual * (1 / one.num_rows + 1 / other.num_rows + gap**2 / within)
+    sides = (one, other)
+    within = sum(side.length_squares - side.length**2 / side.num_rows for side in sides)
+    if within <= 0:  # all of one length
+        return welch(one.all_rows, other.all_rows)
+    cross = sum(side.with_length - side.length * side.sums / side.num_rows for side in sides)
+    gap = one.length / one.num_rows - other.length / other.num_rows
+    delta = one.all_rows.mean - other.all_rows.mean - cross / within * gap
+    residual = one.all_rows.deviations + other.all_rows.deviations - cross**2 / within
+    error = np.maximum(residual, 0) / (one.num_rows + other.num_rows - 3)
+    error = error * (1 / one.num_rows + 1 / other.num_rows + gap**2 / within)
     return np.divide(delta, np.sqrt(error), out=np.zeros_like(delta), where=error > 0)

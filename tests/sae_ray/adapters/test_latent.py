@@ -21,7 +21,6 @@ from sae_ray.lm import HookPoint, family_of, visiting
 from sae_ray.sae.encoder import LatentEncoder
 from sae_ray.sae.pretrained import load_encoder
 
-
 IDS = torch.randint(5, 300, (3, 24), generator=torch.Generator().manual_seed(0))
 SITES = ("hook_resid_pre", "hook_resid_post", "hook_mlp_out", "hook_attn_out", "attn.hook_z")
 
