@@ -28,7 +28,7 @@ from transformers import (
     TrainerState,
 )
 
-from sae_ray.adapters.attach import AdapterSpec, attach
+from sae_ray.adapters.attach import AdapterSpec, attach, hold_again
 from sae_ray.adapters.examples import Example, PairExample
 from sae_ray.adapters.objectives import (
     Retain,
@@ -364,12 +364,15 @@ def adapted(
     """Put a new adapter on a model, or one that is there already."""
     if start_from is not None:
         try:
-            return PeftModel.from_pretrained(base, str(start_from), is_trainable=True)
+            model = PeftModel.from_pretrained(base, str(start_from), is_trainable=True)
         except (OSError, ValueError, RuntimeError, KeyError) as error:
             raise ModelError(
                 f"{start_from} is no adapter of this model ({str(error).splitlines()[0]}): give a "
                 "PEFT folder that was trained on it"
             ) from error
+        if adapter is not None and adapter.kind == "subspace":
+            hold_again(model, adapter)
+        return model
     return base if adapter is None else attach(base, adapter)
 
 

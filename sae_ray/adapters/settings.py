@@ -66,6 +66,8 @@ class FinetuneSettings(JobConfig, Recipe):
     """Conversations whose latents span the subspace. Without it, the data."""
     reference: str | None = None
     """Conversations from which these must differ. Without it, the embedded pool."""
+    span_rows: int = Field(default=512, ge=20)
+    """Conversations of either that are read for the subspace."""
     general: str | None = None
     """Conversations, or plain text in a column `text` of a Parquet file, on which forgetting is
     measured. Without it, the embedded plain text."""

@@ -15,6 +15,7 @@ import io
 import json
 import tempfile
 from collections.abc import Generator, Iterator
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -25,6 +26,7 @@ from sae_ray import tiny
 from sae_ray.adapters.finetune import Look, Step
 from sae_ray.adapters.material import Learnt, read_learnt
 from sae_ray.adapters.settings import FinetuneSettings
+from sae_ray.adapters.spanning import span
 from sae_ray.artifacts import (
     FileRecord,
     Manifest,
@@ -85,14 +87,18 @@ class ExpertMaker:
         with tempfile.TemporaryDirectory(prefix="sae-ray-") as staging:
             yield "reading", 0, 1, self._data
             learnt = read_learnt(settings, self._data, lm, staging)
-        begin(self.path, KIND, asked, parents, sources)
-        saes = tuple(locate_source("sae", one) for one in self._saes)
+            saes = tuple(locate_source("sae", one) for one in self._saes)
+            spanned = self._span(lm, saes, staging) if settings.adapter == "subspace" else []
+            # Claimed only now: what is refused leaves its folder to the run put right.
+            begin(self.path, KIND, asked, parents, sources)
+            subspaces = tuple(self._keep(folder) for folder in spanned)
         training = Training(
             lm=lm,
-            adapter=settings.spec(saes),
+            adapter=settings.spec(saes, subspaces),
             recipe=settings.recipe,
             out=self.path,
             start_from=settings.start_from,
+            subspaces=subspaces,
             zero_stage=settings.zero_stage,
             offload=settings.offload,
             nvme_path=settings.nvme_path,
@@ -146,7 +152,9 @@ class ExpertMaker:
         settings = self.settings
         named = {"lm": settings.lm or EMBEDDED, "data": settings.data or EMBEDDED}
         named |= {f"sae {i}": sae for i, sae in enumerate(self._saes)}
-        others = {role: getattr(settings, role) for role in ("general", "retain", "start_from")}
+        roles = ["general", "retain", "start_from"]
+        roles += ["positive", "reference"] if settings.adapter == "subspace" else []
+        others = {role: getattr(settings, role) for role in roles}
         return named | {role: name for role, name in others.items() if name is not None}
 
     def _fingerprint(self, role: str, name: str) -> str:
@@ -166,6 +174,26 @@ class ExpertMaker:
         if role.startswith("sae"):
             return describe_source("sae", name)
         return Source(name=name)
+
+    def _span(self, lm: str, saes: tuple[str, ...], staging: str) -> list[Path]:
+        settings = self.settings
+        return span(
+            lm,
+            saes,
+            settings.positive or self._data,
+            settings.reference or str(tiny.pool_path()),
+            Path(staging) / "subspaces",
+            num_rows=settings.span_rows,
+            staging=staging,
+            seed=settings.seed,
+        )
+
+    def _keep(self, folder: Path) -> str:
+        """Keep a subspace beside the expert, where every node finds it."""
+        place = f"{self.path}/subspace/{folder.name}"
+        for file in sorted(folder.iterdir()):
+            write_atomically(f"{place}/{file.name}", file.read_bytes())
+        return place
 
     def _train(self, training: Training, learnt: Learnt) -> Generator[Progress, None, Trained]:
         settings = self.settings

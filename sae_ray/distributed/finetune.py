@@ -23,9 +23,10 @@ from sae_ray.adapters.attach import AdapterSpec
 from sae_ray.adapters.finetune import Finetuning, Look, Material, Step
 from sae_ray.adapters.objectives import World
 from sae_ray.adapters.recipe import Recipe
-from sae_ray.artifacts import write_atomically
+from sae_ray.artifacts import locate, read_file, write_atomically
 from sae_ray.distributed.gang import Gang, Tell, run_gang
 from sae_ray.distributed.runtime import Workers, cluster, plan_workers
+from sae_ray.storage import explain_storage, write_local
 
 Offload = Literal["none", "cpu", "nvme"]
 
@@ -40,6 +41,8 @@ class Training:
     out: str
     """Folder or URL that all nodes reach: checkpoints go to its scratch, the model to `adapter`."""
     start_from: str | None = None
+    subspaces: tuple[str, ...] = ()
+    """Folders or URLs of the subspaces of an adapter along them."""
     zero_stage: int = 2
     offload: Offload = "none"
     nvme_path: str | None = None
@@ -161,9 +164,15 @@ def deepspeed_config(training: Training, workers: Workers) -> dict[str, Any]:
 
 def _finetuning(training: Training, material: Material, scratch: Path, world: World) -> Finetuning:
     start = Path(training.start_from) if training.start_from else None
+    adapter = training.adapter
+    if adapter is not None and training.subspaces:
+        local = [
+            _copied(url, scratch / f"subspace-{i}") for i, url in enumerate(training.subspaces)
+        ]
+        adapter = adapter.model_copy(update={"subspaces": tuple(local)})
     return Finetuning(
         training.lm,
-        training.adapter,
+        adapter,
         training.recipe,
         material,
         scratch / "trainer",
@@ -171,6 +180,17 @@ def _finetuning(training: Training, material: Material, scratch: Path, world: Wo
         gather=_gather if world.count > 1 else None,
         start_from=start,
     )
+
+
+def _copied(url: str, folder: Path) -> str:
+    """Bring a folder to this node."""
+    fs, root = locate(url)
+    with explain_storage(url):
+        for path in map(str, fs.find(root)):
+            write_local(
+                folder / path[len(root) :].lstrip("/"), read_file(fs.unstrip_protocol(path))
+            )
+    return str(folder)
 
 
 def _gather(mine: list) -> list:
