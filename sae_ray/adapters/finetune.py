@@ -19,17 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
-from transformers import (
-    AutoModelForCausalLM,
-    PreTrainedModel,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-)
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
-from sae_ray.adapters.attach import AdapterSpec, attach, hold_again
+from sae_ray.adapters.attach import AdapterSpec
 from sae_ray.adapters.examples import Example, PairExample
+from sae_ray.adapters.loading import adapted, count, load_causal
 from sae_ray.adapters.objectives import (
     Retain,
     World,
@@ -44,8 +38,7 @@ from sae_ray.adapters.replies import Gather, RowLoss, flat, row_losses
 from sae_ray.adapters.saving import save_model
 from sae_ray.adapters.stepwise import Stepwise
 from sae_ray.chat import ChatTokenizer
-from sae_ray.errors import ConfigError, ModelError, TrainingError
-from sae_ray.lm import DTypeName, load_config, quiet_loading
+from sae_ray.errors import ConfigError, TrainingError
 
 BEST = "best"
 LOOKS = "looks.json"
@@ -340,42 +333,6 @@ class _Teller(TrainerCallback):
         self._happened(_Event("saved", state.global_step, folder=folder))
 
 
-def load_causal(lm: str, dtype: DTypeName) -> PreTrainedModel:
-    """Load a whole language model, from safetensors only."""
-    load_config(lm)  # says what is wrong with it in one line
-    try:
-        with quiet_loading():
-            return AutoModelForCausalLM.from_pretrained(
-                lm,
-                dtype=getattr(torch, dtype),
-                use_safetensors=True,
-                trust_remote_code=False,
-            )
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"cannot load the weights of {lm}: {str(error).splitlines()[0]}; weights are read from "
-            "safetensors only (convert .bin files with save_pretrained)"
-        ) from error
-
-
-def adapted(
-    base: PreTrainedModel, adapter: AdapterSpec | None, start_from: Path | None
-) -> PreTrainedModel | PeftModel:
-    """Put a new adapter on a model, or one that is there already."""
-    if start_from is not None:
-        try:
-            model = PeftModel.from_pretrained(base, str(start_from), is_trainable=True)
-        except (OSError, ValueError, RuntimeError, KeyError) as error:
-            raise ModelError(
-                f"{start_from} is no adapter of this model ({str(error).splitlines()[0]}): give a "
-                "PEFT folder that was trained on it"
-            ) from error
-        if adapter is not None and adapter.kind == "subspace":
-            hold_again(model, adapter)
-        return model
-    return base if adapter is None else attach(base, adapter)
-
-
 def require_adapter(adapter: object, setting: str) -> None:
     """Refuse what needs the base model beside the trained one, where there is none."""
     if adapter is None:
@@ -383,11 +340,6 @@ def require_adapter(adapter: object, setting: str) -> None:
             f"{setting} compares with the base model, which full fine-tuning does not keep: leave "
             "it out, or choose an adapter"
         )
-
-
-def count(parameters: Iterator[torch.nn.Parameter]) -> int:
-    """Count parameters, also those that ZeRO-3 has sharded."""
-    return sum(int(getattr(p, "ds_numel", p.numel())) for p in parameters)
 
 
 def mean_nats(rows: Sequence[RowLoss]) -> float:

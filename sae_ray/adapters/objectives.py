@@ -74,9 +74,15 @@ class _Retaining:
     """Whether the trainer leaves division by the number of accumulated batches to the loss."""
     _seen = (-1, 0)
 
-    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: Any,
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
         """Return the trainer's loss, and in training the weighted divergence with it."""
-        loss = super().compute_loss(model, inputs, *args, **kwargs)  # pyright: ignore
+        loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # pyright: ignore
         if self.retain is None or not self.model.training:  # pyright: ignore
             return loss
         accumulated = self.args.gradient_accumulation_steps  # pyright: ignore

@@ -14,16 +14,19 @@ from sae_ray.config import JobConfig
 AdapterName = Literal["lora", "subspace", "steering", "scale", "affine", "residual", "full"]
 
 LEARNING_RATES: dict[AdapterName, float] = {
-    "lora": 1e-3,
-    "subspace": 3e-3,
+    "lora": 3e-4,
+    "subspace": 1e-3,
     "steering": 3e-2,
     "scale": 3e-2,
     "affine": 3e-2,
     "residual": 2e-3,
-    "full": 5e-5,
+    "full": 3e-5,
 }
 """Unless one is given. AdamW moves a number by about the rate a step, and a latent's by as much as
 latents are large: units, not hundredths."""
+_WEIGHTS = ("lora", "subspace", "full")
+_EMBEDDED_FACTOR = 10
+"""Weights of the embedded model, a thousand times smaller than others, want larger steps."""
 
 _INCIDENTAL = {"num_workers", "max_rejected", "max_failures"}
 """Settings that say what is refused and how fast it goes: a run may be continued with others."""
@@ -123,7 +126,8 @@ class FinetuneSettings(JobConfig, Recipe):
     @property
     def rate(self) -> float:
         """Return the learning rate."""
-        return self.learning_rate or LEARNING_RATES[self.adapter]
+        factor = _EMBEDDED_FACTOR if self.lm is None and self.adapter in _WEIGHTS else 1
+        return self.learning_rate or factor * LEARNING_RATES[self.adapter]
 
     def spec(self, sae: tuple[str, ...], subspaces: tuple[str, ...] = ()) -> AdapterSpec | None:
         """Return the adapter; None for full fine-tuning."""

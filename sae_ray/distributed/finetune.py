@@ -69,7 +69,6 @@ def train_expert(
     *,
     num_workers: int | None = None,
     max_failures: int = 3,
-    name: str = "run",
 ) -> Generator[Step, None, Trained]:
     """Train on Ray, or in this process with `num_workers=0`; yield steps, return what came of it.
 
@@ -82,6 +81,8 @@ def train_expert(
     with cluster():
         workers = plan_workers(num_workers)
         training.recipe.micro_rows_for(workers.count)
+        # Shards are of one number of workers: another number starts anew.
+        name = f"{workers.count}-workers"
         gang = Gang(workers, f"{training.out}/.run", name, max_failures=max_failures)
         config = {"training": training, "material": ray.put(material), "workers": workers}
         return (yield from run_gang(_loop, config, gang))

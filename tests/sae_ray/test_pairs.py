@@ -47,9 +47,8 @@ def test_bad_pairs_say_why(row: dict, reason: str) -> None:
 
 
 def test_marked_text_is_a_conversation() -> None:
-    row = {
-        "plain_text": "Be brief. [Human]: Hi <eoh> [MOSS]: Hello. <eoa> [Human]: Bye <eoh> [MOSS]: So long. <eoa>"
-    }
+    turns = "[Human]: Hi <eoh> [MOSS]: Hello. <eoa> [Human]: Bye <eoh> [MOSS]: So long. <eoa>"
+    row = {"plain_text": f"Be brief. {turns}"}
     messages = to_conversation(row).messages
     assert [m["role"] for m in messages] == ["system", "user", "assistant", "user", "assistant"]
     assert messages[-1]["content"] == "So long."
