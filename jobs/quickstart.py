@@ -1,23 +1,29 @@
 #!/usr/bin/env python
-"""The whole service on one laptop: from a sentence to a selection and the page that explains it."""
+"""The whole service on one laptop: from a sentence to a selection, its page, and an expert."""
 
 import sys
 from pathlib import Path
 
 from pydantic import Field
+from rich.console import Console
 
+from sae_ray.adapters.settings import FinetuneSettings
 from sae_ray.config import require_absolute_inside_ray_job, run_job
 from sae_ray.curate.index import FeatureIndex
-from sae_ray.curate.output import preview
+from sae_ray.curate.output import preview, write_random
 from sae_ray.curate.request import Request, Task
 from sae_ray.curate.settings import IndexSettings
 from sae_ray.distributed.data import ensure_index
-from sae_ray.distributed.progress import watch
+from sae_ray.distributed.expert import ExpertMaker
+from sae_ray.distributed.progress import follow, watch
+from sae_ray.evaluate.exam import examine, tabulate
+from sae_ray.experts.registry import ExpertRegistry
+from sae_ray.experts.tables import told
 from sae_ray.explain.curation import Curator
 
 
 class Config(IndexSettings):
-    """The whole service on one laptop: from a sentence to a selection, and the page about it.
+    """The whole service on one laptop: from a sentence to a selection, its page, and an expert.
 
     python jobs/quickstart.py
     python jobs/quickstart.py --task "Say which cooking step comes next in a recipe" --name cooking
@@ -53,7 +59,22 @@ def main(config: Config) -> None:
     print("3. the first rows, and why")
     for text in preview(selection, 3):
         print(text)
+
+    print("4. train an expert on them, and one on as many random rows")
+    random = str(folder / "random.jsonl")
+    write_random(FeatureIndex(index, config.lm, config.sae), config.budget_examples, random)
+    for name, data in (("expert", selection), ("random", random)):
+        settings = FinetuneSettings(lm=config.lm, data=data, num_epochs=8, num_workers=0)
+        maker = ExpertMaker(settings, str(folder / name), name=name, description=config.task)
+        follow(maker.make())
+        expert = maker.register(ExpertRegistry(str(folder / "registry")))
+        print(f"   {name}: {expert.status}, {told(expert.card.measures[0])}")
+    if not own:
+        Console().print(
+            tabulate(examine({n: folder / n / "adapter" for n in ("expert", "random")}))
+        )
     print(f"\nOpen {selection}/report.html; tick rows there and run what it composes.")
+    print(f"What the expert learnt: {folder}/expert/report.html")
 
 
 if __name__ == "__main__":

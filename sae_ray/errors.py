@@ -8,6 +8,7 @@
       ├── TaskError        a task is empty, or cannot be told from the rest of the pool
       ├── WorkError        a worker failed at work that it names, or the cluster did
       ├── TrainingError    a training cannot go on: a loss is no number, or has blown up
+      ├── RegistryError    an expert is not in the registry, not what it was, or not fit to use
       └── EndpointError    a chat endpoint refuses, does not answer, or is none
 
 What a user can cause is one of these. Each message has three parts: what was given, what is
@@ -45,6 +46,10 @@ class WorkError(SaeRayError):
 
 class TrainingError(SaeRayError):
     """A training cannot go on: a loss is no number, or has blown up."""
+
+
+class RegistryError(SaeRayError):
+    """An expert is not in the registry, not what it was, or not fit to use."""
 
 
 class EndpointError(SaeRayError):

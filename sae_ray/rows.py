@@ -5,6 +5,9 @@
     prompt, completion          text, or lists of messages
     prompt, response            the same
     instruction, input, output  text; `input` may be absent or empty
+    prompt, chosen, rejected    a preference pair (see `pairs`), of which the chosen reply is read
+    chosen, rejected            the same, as whole conversations or hh-rlhf's transcripts
+    plain_text                  moss-002: turns marked [Human]: ... <eoh> [MOSS]: ... <eoa>
 
 The first form whose columns are all there is read; other columns are left alone. A row without
 an id gets one from its content, so that the same conversation has the same id in every form and
@@ -32,6 +35,9 @@ FORMS: tuple[tuple[str, ...], ...] = (
     ("prompt", "completion"),
     ("prompt", "response"),
     ("instruction", "output"),
+    ("prompt", "chosen", "rejected"),
+    ("chosen", "rejected"),
+    ("plain_text",),
 )
 """Columns of each form, in the order in which they are looked for."""
 
@@ -99,14 +105,36 @@ def to_conversation(row: Mapping[str, object], *, max_chars: int = MAX_CHARS) ->
         raise BadRow(f"no known columns (read are: {forms_text()})", excerpt(", ".join(row)))
     if form == ("instruction", "output"):
         messages = _from_instruction(row)
+    elif "chosen" in form:
+        messages = chosen_messages(row)
+    elif form == ("plain_text",):
+        messages = _from_marked(_text("plain_text", row["plain_text"]))
     elif len(form) == 1:
         messages = _from_list(form[0], row[form[0]])
     else:
         roles = zip(form, _SPOKEN, strict=True)
         messages = [message for name, role in roles for message in _turns(name, row[name], role)]
-    _check(messages, max_chars)
+    require_readable(messages, max_chars)
+    return Conversation(id=read_id(row, messages), messages=messages)
+
+
+def chosen_messages(row: Mapping[str, object]) -> list[Message]:
+    """Return the whole conversation that ends with a pair's chosen reply."""
+    chosen = row["chosen"]
+    if "prompt" not in row:
+        if isinstance(chosen, str):
+            return _from_transcript(chosen)
+        return _from_list("chosen", chosen)
+    turns = _turns("chosen", chosen, "assistant")
+    if turns[0]["role"] != "assistant":
+        return turns  # UltraFeedback: the prompt is there twice
+    return [*_turns("prompt", row["prompt"], "user"), *turns]
+
+
+def read_id(row: Mapping[str, object], messages: list[Message]) -> str:
+    """Return a row's id, or one from its content where it has none."""
     given = _read_id(row.get("id"))
-    return Conversation(id=content_id(messages) if given is None else given, messages=messages)
+    return content_id(messages) if given is None else given
 
 
 def content_id(messages: list[Message]) -> str:
@@ -137,6 +165,30 @@ def _from_instruction(row: Mapping[str, object]) -> list[Message]:
     asked = "\n\n".join(part for part in parts if part.strip())
     answered = _text("output", row["output"])
     return [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
+
+
+def _from_transcript(text: str) -> list[Message]:
+    """Read turns that begin with a blank line and Human: or Assistant:, as hh-rlhf writes them."""
+    return _from_marks(re.split(r"(?:\A|\n)\s*\n(Human|Assistant):", text), text)
+
+
+def _from_marked(text: str) -> list[Message]:
+    """Read turns that begin with [Human]: or [MOSS]: and end with <eoh> or <eoa>."""
+    return _from_marks(re.split(r"\[(Human|MOSS)\]:", re.sub(r"<eo[ah]>", "", text)), text)
+
+
+def _from_marks(parts: list[str], text: str) -> list[Message]:
+    before, marks, contents = parts[0], parts[1::2], parts[2::2]
+    if not marks:
+        raise BadRow("no marks of who speaks in the text", excerpt(text))
+    system: list[Message] = (
+        [{"role": "system", "content": before.strip()}] if before.strip() else []
+    )
+    turns: list[Message] = [
+        {"role": "user" if mark == "Human" else "assistant", "content": content.strip()}
+        for mark, content in zip(marks, contents, strict=True)
+    ]
+    return system + turns
 
 
 def _turns(name: str, value: object, role: str) -> list[Message]:
@@ -176,7 +228,7 @@ def _text(place: str, value: object) -> str:
     return value
 
 
-def _check(messages: list[Message], max_chars: int) -> None:
+def require_readable(messages: list[Message], max_chars: int = MAX_CHARS) -> None:
     """Refuse conversations that a model cannot read or learn from."""
     for index, message in enumerate(messages):
         place, content = f"turn {index} ({message['role']})", message["content"]

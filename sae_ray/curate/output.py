@@ -6,6 +6,7 @@ rejected.parquet    rows of the pool that could not be read
 """
 
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -117,6 +118,13 @@ def write_selection(path: str, rows: Sequence[SelectedRow]) -> FileRecord:
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd")
     return write_atomically(f"{path}/selection.parquet", sink.getvalue().to_pybytes())
+
+
+def write_random(index: FeatureIndex, num_rows: int, path: str, seed: int = 0) -> FileRecord:
+    """Write as many random rows of the pool: what a selection of that size must beat."""
+    drawn = np.random.default_rng(seed).choice(index.num_rows, num_rows, replace=False)
+    rows = [dataclasses.asdict(one) for one in index.conversations(np.sort(drawn))]
+    return write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
 def preview(path: str, num_rows: int) -> list[str]:

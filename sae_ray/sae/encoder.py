@@ -82,11 +82,11 @@ class LatentEncoder:
 
     def __post_init__(self) -> None:
         centre = torch.zeros_like(self.W[:, 0]) if self.is_transcoder else self.b_dec
-        self._centre = centre.to(self.W.dtype)
+        self.centre = centre.to(self.W.dtype)
         # theta is subtracted before rounding, so that bf16 is finest where latents switch on.
-        shift = self.b + _times(self._centre, self.W)
+        shift = self.b + _times(self.centre, self.W)
         shift = shift if self.k is not None else shift - self.theta
-        self._shift = shift.to(self.W.dtype)
+        self.shift = shift.to(self.W.dtype)
 
     @classmethod
     def load(cls, path: str | Path) -> "LatentEncoder":
@@ -131,7 +131,7 @@ class LatentEncoder:
     def to(self, *, dtype: torch.dtype, device: str | torch.device = "cpu") -> "LatentEncoder":
         """Return a copy whose matrix product runs in `dtype`; thresholds stay fp32."""
         W = self.W.to(device, dtype)
-        centre = self._centre.to(device, dtype)
+        centre = self.centre.to(device, dtype)
         return dataclasses.replace(
             self,
             W=W,
@@ -170,16 +170,10 @@ class LatentEncoder:
     ) -> Float[Tensor, "*batch d_in"]:
         """Return what latents stand for, in the scale of the `x` that they were read from."""
         assert not self.is_transcoder, "a transcoder writes elsewhere than it reads"
-        x_hat = latents @ self.W_dec + self.b_dec
-        x = x.float()
-        match self.input_norm:
-            case "none":
-                return x_hat
-            case "constant_norm_rescale":
-                return x_hat * (x.norm(dim=-1, keepdim=True) / self.d_in**0.5)
-            case "layer_norm":
-                mean = x.mean(dim=-1, keepdim=True)
-                return x_hat * (x - mean).std(dim=-1, keepdim=True) + mean
+        x, x_hat = x.float(), latents @ self.W_dec + self.b_dec
+        if (scale := scale_of(x, self.input_norm)) is not None:
+            x_hat = x_hat * scale
+        return x_hat + x.mean(-1, keepdim=True) if self.input_norm == "layer_norm" else x_hat
 
     def pool(
         self,
@@ -226,24 +220,41 @@ class LatentEncoder:
         self, x: Float[Tensor, "tokens d_in"], out: Float[Tensor, "tokens d_sae"] | None
     ) -> Float[Tensor, "tokens d_sae"]:
         """Return relu(pre - theta), or for topk the latents themselves."""
-        x = (self._normalise(x) - self._centre).to(self.W.dtype)
-        u = torch.addmm(self._shift, x, self.W, out=out)
+        x = (normalise(x, self.input_norm) - self.centre).to(self.W.dtype)
+        u = torch.addmm(self.shift, x, self.W, out=out)
         if self.k is None:
             return u.relu_()
         values, where = u.topk(min(self.k, self.d_sae), dim=-1, sorted=False)
         return u.zero_().scatter_(-1, where, values.relu_())
 
-    def _normalise(self, x: Float[Tensor, "tokens d_in"]) -> Float[Tensor, "tokens d_in"]:
-        match self.input_norm:
-            case "none":
-                return x
-            case "constant_norm_rescale":
-                x = x.float()
-                return x * (self.d_in**0.5 / x.norm(dim=-1, keepdim=True))
-            case "layer_norm":
-                x = x.float()
-                x = x - x.mean(dim=-1, keepdim=True)
-                return x / (x.std(dim=-1, keepdim=True) + _LAYER_NORM_EPS)
+
+def normalise(
+    x: Float[Tensor, "*batch d_in"], input_norm: InputNorm
+) -> Float[Tensor, "*batch d_in"]:
+    """Return activations as the SAE's matrix is to see them."""
+    match input_norm:
+        case "none":
+            return x
+        case "constant_norm_rescale":
+            x = x.float()
+            return x * (x.shape[-1] ** 0.5 / x.norm(dim=-1, keepdim=True))
+        case "layer_norm":
+            x = x.float()
+            x = x - x.mean(dim=-1, keepdim=True)
+            return x / (x.std(dim=-1, keepdim=True) + _LAYER_NORM_EPS)
+
+
+def scale_of(
+    x: Float[Tensor, "*batch d_in"], input_norm: InputNorm
+) -> Float[Tensor, "*batch 1"] | None:
+    """Return what one unit that the decoder writes is worth beside `x`; None where it is one."""
+    match input_norm:
+        case "none":
+            return None
+        case "constant_norm_rescale":
+            return x.norm(dim=-1, keepdim=True) / x.shape[-1] ** 0.5
+        case "layer_norm":
+            return x.std(dim=-1, keepdim=True)
 
 
 def _chunks(lengths: list[int], room: int) -> list[tuple[int, list[tuple[int, int]]]]:

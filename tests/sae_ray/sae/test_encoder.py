@@ -277,10 +277,10 @@ def test_a_long_mean_does_not_use_up_bfloat16(tmp_path):
 
 def test_minus_zero_is_off():
     encoder = random_encoder("jumprelu").to(dtype=torch.bfloat16)
-    encoder.W, encoder._shift = torch.full_like(encoder.W, -(2.0**-70)), -0 * encoder._shift
-    x = torch.full((5, 6), 2.0**-70, dtype=torch.bfloat16) + 0 * encoder._centre
-    encoder._centre = 0 * encoder._centre
-    assert torch.signbit(torch.addmm(encoder._shift, x, encoder.W)).all(), "no minus zeros to test"
+    encoder.W, encoder.shift = torch.full_like(encoder.W, -(2.0**-70)), -0 * encoder.shift
+    x = torch.full((5, 6), 2.0**-70, dtype=torch.bfloat16) + 0 * encoder.centre
+    encoder.centre = 0 * encoder.centre
+    assert torch.signbit(torch.addmm(encoder.shift, x, encoder.W)).all(), "no minus zeros to test"
     pooled = encoder.pool(x, np.array([2, 3]))
     assert not pooled.counts.any()
     assert not pooled.sums.any()

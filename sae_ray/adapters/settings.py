@@ -1,0 +1,156 @@
+"""Settings of a fine-tuning: what is trained of which model, on what, and on how many workers."""
+
+from typing import Literal
+
+from pydantic import Field, JsonValue, model_validator
+
+from sae_ray.adapters.attach import AdapterSpec
+from sae_ray.adapters.edits import LATENT_KINDS
+from sae_ray.adapters.positions import Where
+from sae_ray.adapters.recipe import Recipe
+from sae_ray.adapters.subspace import Mode
+from sae_ray.config import JobConfig
+
+AdapterName = Literal["lora", "subspace", "steering", "scale", "affine", "residual", "full"]
+
+LEARNING_RATES: dict[AdapterName, float] = {
+    "lora": 3e-4,
+    "subspace": 1e-3,
+    "steering": 3e-2,
+    "scale": 3e-2,
+    "affine": 3e-2,
+    "residual": 2e-3,
+    "full": 3e-5,
+}
+"""Unless one is given. AdamW moves a number by about the rate a step, and a latent's by as much as
+latents are large: units, not hundredths."""
+_WEIGHTS = ("lora", "subspace", "full")
+_EMBEDDED_FACTOR = 10
+"""Weights of the embedded model, a thousand times smaller than others, want larger steps."""
+
+_INCIDENTAL = {"num_workers", "max_rejected", "max_failures"}
+"""Settings that say what is refused and how fast it goes: a run may be continued with others."""
+_SOURCES = {"lm", "sae", "data", "general", "retain", "positive", "reference", "start_from"}
+
+
+class FinetuneSettings(JobConfig, Recipe):
+    """What training an expert depends on."""
+
+    lm: str | None = None
+    """Language model: a folder or a Hugging Face name. Without it, the embedded one."""
+    sae: list[str] | None = None
+    """SAEs of that model, for the adapters that train on or along their latents: folders in
+    sae-lens format, or release:sae_id. Without it, the embedded one, if the model is too."""
+    hook_point: list[str] | None = None
+    """Where each SAE reads, if not where it was trained."""
+    data: str | None = None
+    """What to learn: the folder of a selection, or any pool of conversations; of preference pairs
+    (prompt, chosen, rejected) for dpo. Without it, the embedded pool or pairs."""
+    max_rows: int = Field(default=100_000, ge=2)
+    """Rows read of the data, from its beginning."""
+    adapter: AdapterName = "lora"
+    """What is trained: low-rank matrices (lora), the same within the span of SAE directions
+    (subspace), numbers on SAE latents (steering, scale, affine, residual), every weight (full)."""
+    start_from: str | None = None
+    """PEFT folder of an adapter to go on from, in place of a new one: dpo after sft."""
+    r: int = Field(default=16, ge=1)
+    """Rank of lora."""
+    alpha: float | None = Field(default=None, gt=0)
+    """Scale of lora times its rank; the rank itself unless given."""
+    hidden: int = Field(default=16, ge=1)
+    """Units of residual."""
+    positions: Where = "all"
+    """Tokens at which latents change."""
+    l1: float = Field(default=0.0, ge=0)
+    """Weight of the sum of what is trained on latents, each times the length of its direction."""
+    mode: Mode = "freeze"
+    """What a subspace keeps: its directions (freeze), its start (init), its inside (core, soft)."""
+    positive: str | None = None
+    """Conversations whose latents span the subspace. Without it, the data."""
+    reference: str | None = None
+    """Conversations from which these must differ. Without it, the embedded pool."""
+    span_rows: int = Field(default=512, ge=20)
+    """Conversations of either that are read for the subspace."""
+    general: str | None = None
+    """Conversations, or plain text in a column `text` of a Parquet file, on which forgetting is
+    measured. Without it, the embedded plain text."""
+    retain: str | None = None
+    """Conversations on which the model is to stay near its base, for retain_weight."""
+    held_out_rows: int = Field(default=128, ge=2)
+    """Rows of the data that are never trained on, at most a fifth of them: base and expert are
+    compared on these."""
+    general_rows: int = Field(default=64, ge=0)
+    """Rows of plain text that forgetting is measured on."""
+    max_tokens: int = Field(default=512, ge=8)
+    """Longest row that is learnt from; a row whose reply ends behind it is rejected."""
+    max_rejected: float = Field(default=0.1, ge=0, le=1)
+    """Share of rows that cannot be learnt from past which the job stops; listed with reasons."""
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    """What DeepSpeed shards over the workers: nothing, optimiser, gradients too, weights too."""
+    offload: Literal["none", "cpu", "nvme"] = "none"
+    """Where DeepSpeed keeps the optimiser's state (and at stage 3 the weights) between uses."""
+    nvme_path: str | None = None
+    """Folder on a fast disk of every node, for offload=nvme."""
+    num_workers: int | None = Field(default=None, ge=0)
+    """Ray workers: one a GPU, or a core, if not given; 0 trains in this process without Ray."""
+    max_failures: int = Field(default=3, ge=0)
+    """Times that training is taken up again from its last checkpoint after a worker died."""
+
+    @model_validator(mode="after")
+    def _settings_fit(self) -> "FinetuneSettings":
+        if self.retain_weight > 0 and self.retain is None:
+            raise ValueError("--retain_weight needs --retain: conversations to stay near on")
+        if self.offload != "none" and self.zero_stage < 2:
+            raise ValueError("--offload needs --zero_stage 2 or 3: at 0 and 1 nothing is offloaded")
+        if self.offload == "nvme" and (self.zero_stage != 3 or self.nvme_path is None):
+            raise ValueError("--offload nvme needs --zero_stage 3 and --nvme_path")
+        if self.zero_stage == 3 and self.packing:
+            raise ValueError("--packing does not work at --zero_stage 3: leave one of them out")
+        if self.adapter == "full" and self.start_from is not None:
+            raise ValueError("--start_from goes on from an adapter: it does not go with full")
+        if self.needs_sae and self.lm is not None and not self.sae:
+            raise ValueError(f"--adapter {self.adapter} needs --sae: one of the model --lm")
+        return self
+
+    @property
+    def needs_sae(self) -> bool:
+        """Say whether the adapter is one of or along SAE latents."""
+        return self.adapter in (*LATENT_KINDS, "subspace")
+
+    @property
+    def recipe(self) -> Recipe:
+        """Return how it is trained, with the rate of its kind where none is given."""
+        values = self.model_dump(include=set(Recipe.model_fields))
+        return Recipe(**values | {"learning_rate": self.rate})
+
+    @property
+    def rate(self) -> float:
+        """Return the learning rate."""
+        factor = _EMBEDDED_FACTOR if self.lm is None and self.adapter in _WEIGHTS else 1
+        return self.learning_rate or factor * LEARNING_RATES[self.adapter]
+
+    def spec(self, sae: tuple[str, ...], subspaces: tuple[str, ...] = ()) -> AdapterSpec | None:
+        """Return the adapter; None for full fine-tuning."""
+        points = tuple(self.hook_point or ())
+        match self.adapter:
+            case "full":
+                return None
+            case "lora":
+                return AdapterSpec(kind="lora", r=self.r, alpha=self.alpha)
+            case "subspace":
+                return AdapterSpec(kind="subspace", subspaces=subspaces, mode=self.mode)
+            case kind:
+                more = {"hidden": self.hidden} if kind == "residual" else {}
+                return AdapterSpec(
+                    kind=kind,
+                    sae=sae,
+                    hook_points=points,
+                    positions=self.positions,
+                    l1=self.l1,
+                    **more,
+                )
+
+    def identity(self) -> dict[str, JsonValue]:
+        """Return what decides the result beside what it is made of."""
+        fields = set(FinetuneSettings.model_fields) - _SOURCES - _INCIDENTAL
+        return {**self.model_dump(mode="json", include=fields), "learning_rate": self.rate}
