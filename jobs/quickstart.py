@@ -11,7 +11,7 @@ from sae_ray.curate.index import FeatureIndex
 from sae_ray.curate.output import preview
 from sae_ray.curate.request import Request, Task
 from sae_ray.curate.settings import IndexSettings
-from sae_ray.distributed.data import ensure_index
+from sae_ray.distributed.indexes import ensure_index
 from sae_ray.distributed.progress import watch
 from sae_ray.explain.curation import Curator
 

@@ -26,6 +26,7 @@ from transformers.utils import logging as transformers_logging
 
 from sae_ray import attention
 from sae_ray.errors import ModelError
+from sae_ray.hub import hub_arguments
 
 Site = Literal["resid_pre", "resid_post", "mlp_out", "attn_out", "z"]
 
@@ -138,7 +139,7 @@ class LanguageModel:
         try:
             with quiet_loading():
                 model, info = AutoModel.from_pretrained(
-                    str(path),
+                    **hub_arguments(path),
                     config=config,
                     dtype=getattr(torch, dtype),
                     use_safetensors=True,
@@ -242,7 +243,8 @@ def quiet_loading() -> Iterator[None]:
 def load_config(path: str | Path) -> PretrainedConfig:
     """Read a model's configuration: the text part, where there are several."""
     try:
-        return AutoConfig.from_pretrained(str(path), trust_remote_code=False).get_text_config()
+        config = AutoConfig.from_pretrained(**hub_arguments(path), trust_remote_code=False)
+        return config.get_text_config()
     except (OSError, ValueError) as error:
         raise ModelError(
             f"no language model at {path}: {_first_line(error)}; give a folder with config.json "
@@ -266,6 +268,15 @@ def keep_layers(config: PretrainedConfig, num_layers: int) -> None:
     # Families with sliding windows list a kind for every layer.
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:num_layers]
+
+
+def weight_bytes(path: str | Path, hook_point: HookPoint, dtype: DTypeName) -> int:
+    """Return what the weights below a hook point take in memory; none of them is loaded."""
+    config = load_config(path)
+    keep_layers(config, max(1, hook_point.num_layers))
+    with torch.device("meta"):
+        model = AutoModel.from_config(config, trust_remote_code=False)
+    return getattr(torch, dtype).itemsize * sum(p.numel() for p in model.parameters())
 
 
 def _attention(config: PretrainedConfig, dtype: DTypeName, device: torch.device) -> str:

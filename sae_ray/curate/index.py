@@ -21,6 +21,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import accumulate
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -36,6 +37,7 @@ from sae_ray.curate.block import MEANS_ONLY, SEGMENTS, IndexBlock
 from sae_ray.curate.lexical import LexicalIndex
 from sae_ray.curate.scorer import LatentScorer, ScorerConfig
 from sae_ray.curate.sources import ROLES, Role, describe_source, locate_source, require_source
+from sae_ray.curate.space import HiddenSpace
 from sae_ray.errors import ArtifactError
 from sae_ray.storage import explain_storage
 
@@ -66,10 +68,6 @@ class LatentStats:
 
     document_frequency: Float32[np.ndarray, " d_sae"]
     """Share of rows in which it is on at all."""
-    token_density: Float32[np.ndarray, " d_sae"]
-    """Share of tokens at which it is on."""
-    mean_on: Float32[np.ndarray, " d_sae"]
-    """Mean over the tokens at which it is on."""
     p99_on: Float32[np.ndarray, " d_sae"]
     """99th percentile of a row's maximum, over background rows in which it is on."""
     on_threshold: Float32[np.ndarray, " d_sae"]
@@ -137,7 +135,8 @@ class Shards:
         rows = table["row"].to_pylist() if self.excluded else []
         if not any(row in self.excluded for row in rows):
             return table
-        return table.take(pa.array([i for i, row in enumerate(rows) if row not in self.excluded]))
+        kept = [i for i, row in enumerate(rows) if row not in self.excluded]
+        return table.take(pa.array(kept, pa.int64()))
 
 
 class FeatureIndex:
@@ -170,7 +169,8 @@ class FeatureIndex:
         with _whole(path):
             tensors = load_tensors(self._bytes("stats.safetensors"))
         excluded = frozenset(tensors.pop("excluded").tolist())
-        self.stats = LatentStats(**tensors)
+        fields = dataclasses.fields(LatentStats)
+        self.stats = LatentStats(**{field.name: tensors[field.name] for field in fields})
         self._shards = Shards(path, int(extra["num_shards"]), self.d_sae, excluded)  # pyright: ignore
 
     @cached_property
@@ -196,6 +196,11 @@ class FeatureIndex:
         with _whole(self.path):
             table = pq.read_table(pa.BufferReader(self._bytes("background.parquet")))
         return IndexBlock.from_table(table, self.d_sae)
+
+    @cached_property
+    def space(self) -> HiddenSpace:
+        """Return the space of mean hidden states, fitted on the background."""
+        return HiddenSpace.fit(self.background)
 
     def blocks(self, *, means_only: bool = False) -> Iterator[IndexBlock]:
         """Stream all rows, a shard at a time."""
@@ -245,6 +250,8 @@ class FeatureIndex:
         names = {field.name for field in dataclasses.fields(ScorerConfig)} - set(ROLES)
         config = {k: v for k, v in self.manifest.config.items() if k in names}
         lm, sae = locate_source("lm", self.source("lm")), locate_source("sae", self.source("sae"))
+        if not Path(lm).is_dir():
+            lm = self.manifest.parents["lm"]  # on the hub: at the revision that read the pool
         return LatentScorer.load(ScorerConfig(lm, sae, **config))  # pyright: ignore[reportArgumentType]
 
     def source(self, role: Role) -> str:

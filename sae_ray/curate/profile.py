@@ -31,7 +31,6 @@ from sae_ray.curate.evidence import (
 )
 from sae_ray.curate.index import FeatureIndex
 from sae_ray.curate.seeds import query_terms
-from sae_ray.curate.space import HiddenSpace
 from sae_ray.errors import TaskError
 
 MAX_TASK_CHARS = 1000
@@ -159,7 +158,7 @@ def build_profile(
     if both:
         raise TaskError(f"{both[0]!r} is in keep and in drop: a row is one or the other; choose")
     kept, dropped = _rows(index, keep, "keep"), _rows(index, drop, "drop")
-    space = HiddenSpace.fit(index.background)
+    space = index.space
     drops = index.take(dropped, means_only=True) if dropped else None
     channels = given_channels(index, kept, examples, pseudo_queries, settings)
     trusted = sum((channel.mass for channel in channels), start=0.0)

@@ -43,7 +43,7 @@ def rows_to_show(
     """
     judged = {seed.row for seed in profile.seeds if seed.channel in ("keep", "drop")}
     hidden_from = {*seen, *(row for row in judged if row is not None)}
-    space = HiddenSpace.fit(index.background)
+    space = index.space
     pool = _candidates(index, profile, scores)
     before = space.project(pool.take([i for i, r in enumerate(pool.rows) if int(r) in hidden_from]))
     pool = pool.take([i for i, row in enumerate(pool.rows) if int(row) not in hidden_from])

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
 
 import numpy as np
-from jaxtyping import Float, Float32, Int64
+from jaxtyping import Float32, Int64
 from scipy.stats import spearmanr
 
 from sae_ray.curate.block import IndexBlock
@@ -54,6 +54,15 @@ class Scores:
         """Return rows from best to worst."""
         return np.argsort(-self.total, kind="stable")[:num].astype(np.int64)
 
+    def carried(self, rows: Int64[np.ndarray, " n"]) -> dict[str, float]:
+        """Return the share of each part in what lifts these rows above the pool's middle.
+
+        A part that does not lift them carries nothing; all do where nothing does.
+        """
+        lifts = {name: max(float(part[rows].mean()), 0.0) for name, part in self.parts.items()}
+        total = sum(lifts.values())
+        return {name: lift / total if total else 0.0 for name, lift in lifts.items()}
+
 
 @dataclasses.dataclass(frozen=True)
 class _Lookup:
@@ -73,7 +82,6 @@ def score_pool(
     scorer: ScorerName = "fused",
     *,
     num_candidates: int = 2000,
-    length_neutral: bool = False,
 ) -> Scores:
     """Score every row; keep the best candidates whole.
 
@@ -82,18 +90,11 @@ def score_pool(
         profile: the task.
         scorer: which score.
         num_candidates: rows to keep whole, for selecting and for showing.
-        length_neutral: subtract what a cubic in log length explains of each part. Off by default:
-            on real pools length tells tasks apart, and taking it out cost five points of precision.
     """
-    space, lookup = HiddenSpace.fit(index.background), _lookup(profile, index.stats.on_threshold)
+    space, lookup = index.space, _lookup(profile, index.stats.on_threshold)
     names = {"latents": LATENT_WEIGHT, "hidden": 1.0} if scorer == "fused" else {scorer: 1.0}
     scales = {
-        name: _Scale.fit(
-            _raw(name, index.background, space, profile, lookup),
-            index.background,
-            length_neutral,
-            weight,
-        )
+        name: _Scale.fit(_raw(name, index.background, space, profile, lookup), weight)
         for name, weight in names.items()
     }
     evidence = lexical_evidence(index, profile.task)
@@ -104,7 +105,7 @@ def score_pool(
     for block in _ahead(index.blocks(means_only=scorer != "max")):
         total = words[block.rows]
         for name in names:
-            parts[name].append(scales[name](_raw(name, block, space, profile, lookup), block))
+            parts[name].append(scales[name](_raw(name, block, space, profile, lookup)))
             total = total + parts[name][-1]
         totals.append(np.round(total, _DECIMALS))
         best.add(block, totals[-1])
@@ -163,29 +164,22 @@ def concepts_on(
 
 @dataclasses.dataclass(frozen=True)
 class _Scale:
-    """Centre and scale of a part over the background, after its fit on length, with its weight."""
+    """Centre and scale of a part over the background, with its weight.
 
-    coefficients: Float[np.ndarray, " degree"]
+    Length is left in: on real pools it tells tasks apart, and taking out of each part what a cubic
+    in log length explains of it cost five points of precision.
+    """
+
+    mean: float
     deviation: float
 
     @classmethod
-    def fit(
-        cls, values: np.ndarray, background: IndexBlock, length_neutral: bool, weight: float
-    ) -> "_Scale":
-        powers = _length_powers(background, 3 if length_neutral else 0)
-        coefficients = np.linalg.lstsq(powers, values.astype(np.float64), rcond=None)[0]
-        deviation = float((values - powers @ coefficients).std()) or 1.0
-        return cls(coefficients, deviation / weight)
+    def fit(cls, values: np.ndarray, weight: float) -> "_Scale":
+        exact = values.astype(np.float64)
+        return cls(float(exact.mean()), (float(exact.std()) or 1.0) / weight)
 
-    def __call__(self, values: np.ndarray, block: IndexBlock) -> Float32[np.ndarray, " n"]:
-        fitted = _length_powers(block, len(self.coefficients) - 1) @ self.coefficients
-        return ((values - fitted) / self.deviation).astype(np.float32)
-
-
-def _length_powers(block: IndexBlock, degree: int) -> Float[np.ndarray, "n powers"]:
-    # Centred near typical lengths, so that the powers are not collinear.
-    x = (np.log1p(block.n_tokens.sum(1)) - 4.0) / 2.0
-    return np.stack([x**power for power in range(degree + 1)], axis=1)
+    def __call__(self, values: np.ndarray) -> Float32[np.ndarray, " n"]:
+        return ((values.astype(np.float64) - self.mean) / self.deviation).astype(np.float32)
 
 
 class _Best:

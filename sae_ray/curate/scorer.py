@@ -16,7 +16,14 @@ from torch import Tensor
 from sae_ray.chat import ChatTokenizer, Conversation, Kind, Tokens, Unreadable
 from sae_ray.curate.block import IndexBlock
 from sae_ray.errors import ModelError
-from sae_ray.lm import DTypeName, LanguageModel, load_config, require_layer, width_at
+from sae_ray.lm import (
+    DTypeName,
+    LanguageModel,
+    load_config,
+    require_layer,
+    weight_bytes,
+    width_at,
+)
 from sae_ray.sae.encoder import LatentEncoder, Pooled
 from sae_ray.sae.pretrained import load_encoder
 
@@ -26,6 +33,8 @@ MAX_FVU = 0.8
 """A SAE that leaves more of the variance unexplained was not trained on these activations."""
 MIN_FIT_TOKENS = 64
 """Tokens below which variance is not judged."""
+PROCESS_BYTES = 5 * 2**28
+"""What a process takes beside the weights, at its peak: libraries, batches, and a shard's rows."""
 MAX_POOLED_VALUES = 2**24
 """Latents pooled at once: with a wide SAE, short conversations need more room than their tokens."""
 
@@ -280,6 +289,12 @@ def check_pair(config: ScorerConfig) -> LatentEncoder:
             f"{encoder.model_name or 'no model'}), or the model of this SAE"
         )
     return encoder
+
+
+def memory_needed(config: ScorerConfig, encoder: LatentEncoder) -> int:
+    """Return the bytes of memory that a process takes to score, with the pair of `check_pair`."""
+    sae = sum(weight.nbytes for weight in (encoder.W, encoder.W_dec))
+    return PROCESS_BYTES + weight_bytes(config.lm, encoder.hook_point, config.dtype) + sae
 
 
 def _batches(
