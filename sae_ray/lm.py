@@ -10,6 +10,7 @@ This module knows neither conversations nor SAEs.
 """
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import re
@@ -164,6 +165,12 @@ class LanguageModel:
             )
         setattr(model, family.final_norm, nn.Identity())
         return cls(model.to(device), hook_points)
+
+    def twin(self) -> "LanguageModel":
+        """Return a second reader of the same weights: on a thread of its own each may be asked."""
+        weights = (*self.model.parameters(), *self.model.buffers())
+        shared: dict[int, object] = {id(weight): weight for weight in weights}
+        return LanguageModel(copy.deepcopy(self.model, shared), self.hook_points)
 
     @property
     def d_model(self) -> int:

@@ -70,7 +70,7 @@ def _candidates(index: FeatureIndex, profile: Profile, scores: Scores) -> IndexB
     judged = [s.row for s in profile.seeds if s.row is not None and s.channel in ("keep", "drop")]
     wanted = dict.fromkeys([*words[lexical[words] > 0].tolist(), *judged])
     extra = [row for row in wanted if row not in set(best.rows.tolist())]
-    return IndexBlock.concatenate([best, index.take(extra)]) if extra else best
+    return IndexBlock.concatenate([best, index.take_hidden(extra)]) if extra else best
 
 
 def _ranks(values: Float32[np.ndarray, " n"]) -> Float32[np.ndarray, " n"]:

@@ -11,13 +11,10 @@ row a few numbers are kept, and whole blocks only of the best candidates. By nam
 """
 
 import dataclasses
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
 
 import numpy as np
-from jaxtyping import Float32, Int64
-from scipy.stats import spearmanr
+from jaxtyping import Bool, Float32, Float64, Int64
 
 from sae_ray.curate.block import IndexBlock
 from sae_ray.curate.evidence import lexical_evidence
@@ -46,7 +43,7 @@ class Scores:
     lexical: Float32[np.ndarray, " num_rows"]
     """What the description's words say of each row, before it is standardised."""
     candidates: IndexBlock
-    """The best rows, best first."""
+    """The best rows, best first, with the entries of the profile's latents."""
     length_correlation: float
     """Rank correlation of score and length over an even sample of the pool."""
 
@@ -102,7 +99,9 @@ def score_pool(
     best = _Best(num_candidates)
     parts: dict[str, list[np.ndarray]] = {name: [] for name in names}
     totals: list[np.ndarray] = []
-    for block in _ahead(index.blocks(means_only=scorer != "max")):
+    # The norm of cosine is over all latents; any other score reads those of the profile alone.
+    only = None if scorer == "cosine" else latents_of(profile, index.d_sae)
+    for block in index.blocks(means_only=scorer != "max", only=only):
         total = words[block.rows]
         for name in names:
             parts[name].append(scales[name](_raw(name, block, space, profile, lookup)))
@@ -113,15 +112,6 @@ def score_pool(
     if scorer == "fused":
         joined["lexical"] = words
     return Scores(np.concatenate(totals), joined, evidence, best.block(), best.length_correlation())
-
-
-def _ahead(blocks: Iterator[IndexBlock]) -> Iterator[IndexBlock]:
-    """Read the next block on another thread while this one is scored."""
-    with ThreadPoolExecutor(1) as reader:
-        coming = reader.submit(next, blocks, None)
-        while (block := coming.result()) is not None:
-            coming = reader.submit(next, blocks, None)
-            yield block
 
 
 def contributions(
@@ -152,6 +142,13 @@ def contributions(
         one = sorted(one, key=lambda pair: (-pair[1], pair[0]))[:top]
         found[i] = [(latent, weight / total) for latent, weight in one]
     return found
+
+
+def latents_of(profile: Profile, d_sae: int) -> Bool[np.ndarray, " d_sae"]:
+    """Return which latents a profile holds."""
+    held = np.zeros(d_sae, dtype=bool)
+    held[[one.latent for one in profile.latents]] = True
+    return held
 
 
 def concepts_on(
@@ -214,7 +211,7 @@ class _Best:
         lengths = np.concatenate([one for _, one in self.sample])
         if len(scores) < 3 or scores.std() == 0 or lengths.std() == 0:
             return 0.0
-        return float(spearmanr(scores, lengths)[0])  # pyright: ignore[reportArgumentType]
+        return float(np.corrcoef(_mean_ranks(scores), _mean_ranks(lengths))[0, 1])
 
     def _prune(self) -> None:
         joined = IndexBlock.concatenate(self.blocks)
@@ -222,6 +219,12 @@ class _Best:
         self.blocks, self.scores = [joined.take(best)], self.scores[best]
         if len(self.scores) == self.num:
             self.floor = float(self.scores.min())
+
+
+def _mean_ranks(values: np.ndarray) -> Float64[np.ndarray, " n"]:
+    """Rank values, ties sharing the mean of their ranks: scipy.stats takes 2 s to import for it."""
+    _, which, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[which]
 
 
 def _lookup(profile: Profile, thresholds: Float32[np.ndarray, " d_sae"]) -> _Lookup:

@@ -206,7 +206,7 @@ class Curator:
     def to_judge(self, outcome: Outcome, seen: Collection[int] = ()) -> list[SelectedRow]:
         """Return about 20 rows for a person to keep or drop, none of those seen before."""
         rows = rows_to_show(self.index, outcome.profile, outcome.scores, seen=seen)
-        block = self.index.take(rows)
+        block = self.index.take(rows, means_only=True)
         reasons = contributions(block, outcome.profile, self.index.stats.on_threshold)
         scores = outcome.scores.total[rows].tolist()
         return explain_rows(self.index, rows.tolist(), scores, reasons, self.labels)

@@ -77,7 +77,7 @@ class _Page:
 
     def explain(self, rows: Sequence[int]) -> list[ShownRow]:
         """Show rows that are not ranked, with the latents that speak for them."""
-        block = self.index.take(rows)
+        block = self.index.take(rows, means_only=True)
         reasons = contributions(block, self.outcome.profile, self.thresholds)
         scores = self.outcome.scores.total[np.asarray(rows, dtype=np.int64)].tolist()
         explained = explain_rows(self.index, rows, scores, reasons, self.labels)
