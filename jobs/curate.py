@@ -8,7 +8,7 @@ from sae_ray.config import OutputPath, run_job
 from sae_ray.curate.index import FeatureIndex
 from sae_ray.curate.request import Request
 from sae_ray.curate.settings import IndexSettings
-from sae_ray.distributed.data import ensure_index
+from sae_ray.distributed.indexes import ensure_index
 from sae_ray.distributed.progress import watch
 from sae_ray.explain.curation import Curator
 from sae_ray.explain.prompt import refine

@@ -23,6 +23,7 @@ from tokenizers import Encoding, Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from sae_ray.errors import ModelError
+from sae_ray.hub import hub_arguments
 
 PLAIN_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n\n{% endfor %}"
@@ -125,7 +126,9 @@ class ChatTokenizer:
     def load(cls, path: str | Path) -> "ChatTokenizer":
         """Load the tokenizer of a local folder or hub name."""
         try:
-            return cls(AutoTokenizer.from_pretrained(str(path), trust_remote_code=False))
+            return cls(
+                AutoTokenizer.from_pretrained(**hub_arguments(path), trust_remote_code=False)
+            )
         except (OSError, ValueError) as error:
             raise ModelError(
                 f"no tokenizer at {path}: {_first_line(error)}; give a folder with tokenizer.json "

@@ -10,6 +10,7 @@ This module knows neither conversations nor SAEs.
 """
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import re
@@ -26,6 +27,7 @@ from transformers.utils import logging as transformers_logging
 
 from sae_ray import attention
 from sae_ray.errors import ModelError
+from sae_ray.hub import hub_arguments
 
 Site = Literal["resid_pre", "resid_post", "mlp_out", "attn_out", "z"]
 
@@ -146,7 +148,7 @@ class LanguageModel:
         try:
             with quiet_loading():
                 model, info = AutoModel.from_pretrained(
-                    str(path),
+                    **hub_arguments(path),
                     config=config,
                     dtype=getattr(torch, dtype),
                     use_safetensors=True,
@@ -171,6 +173,12 @@ class LanguageModel:
             )
         setattr(model, family.final_norm, nn.Identity())
         return cls(model.to(device), hook_points)
+
+    def twin(self) -> "LanguageModel":
+        """Return a second reader of the same weights: on a thread of its own each may be asked."""
+        weights = (*self.model.parameters(), *self.model.buffers())
+        shared: dict[int, object] = {id(weight): weight for weight in weights}
+        return LanguageModel(copy.deepcopy(self.model, shared), self.hook_points)
 
     @property
     def d_model(self) -> int:
@@ -250,7 +258,8 @@ def quiet_loading() -> Iterator[None]:
 def load_config(path: str | Path) -> PretrainedConfig:
     """Read a model's configuration: the text part, where there are several."""
     try:
-        return AutoConfig.from_pretrained(str(path), trust_remote_code=False).get_text_config()
+        config = AutoConfig.from_pretrained(**hub_arguments(path), trust_remote_code=False)
+        return config.get_text_config()
     except (OSError, ValueError) as error:
         raise ModelError(
             f"no language model at {path}: {_first_line(error)}; give a folder with config.json "
@@ -274,6 +283,15 @@ def keep_layers(config: PretrainedConfig, num_layers: int) -> None:
     # Families with sliding windows list a kind for every layer.
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:num_layers]
+
+
+def weight_bytes(path: str | Path, hook_point: HookPoint, dtype: DTypeName) -> int:
+    """Return what the weights below a hook point take in memory; none of them is loaded."""
+    config = load_config(path)
+    keep_layers(config, max(1, hook_point.num_layers))
+    with torch.device("meta"):
+        model = AutoModel.from_config(config, trust_remote_code=False)
+    return getattr(torch, dtype).itemsize * sum(p.numel() for p in model.parameters())
 
 
 def _attention(config: PretrainedConfig, dtype: DTypeName, device: torch.device) -> str:

@@ -185,42 +185,65 @@ class IndexBlock:
         return pa.table(columns)
 
     @classmethod
-    def from_table(cls, table: pa.Table, d_sae: int) -> "IndexBlock":
-        """Read a table back; without the columns of maxima and counts these are None."""
+    def from_table(
+        cls, table: pa.Table, d_sae: int, only: Bool[np.ndarray, " d_sae"] | None = None
+    ) -> "IndexBlock":
+        """Read a table back; without the columns of maxima and counts these are None.
+
+        With `only` the entries of those latents alone are kept, in a fraction of the time; without
+        the columns of latents there are none.
+        """
         table = table.combine_chunks()
+        if "latents" not in table.column_names:
+            return cls._without_latents(table, d_sae)
         whole = "prompt_peak" in table.column_names
         offsets = table["latents"].combine_chunks().offsets.to_numpy().astype(np.int64)
         indptr = offsets - offsets[0]
+        latents = _flat(table["latents"])
+        chosen = slice(None)
+        if only is not None:
+            chosen = np.flatnonzero(only[latents])
+            indptr = np.searchsorted(chosen, indptr).astype(np.int64)
         scale = table["latent_scale"].to_numpy()
 
         def entries(name: str, dtype: type) -> np.ndarray:
             # Filled column by column: half a gigabyte that is not held twice.
             values = np.empty((indptr[-1], len(SEGMENTS)), dtype=dtype)
             for s, segment in enumerate(SEGMENTS):
-                values[:, s] = _flat(table[f"{segment}_{name}"])
+                values[:, s] = _flat(table[f"{segment}_{name}"])[chosen]
             return values if dtype is np.int32 else _unscaled(values, scale, indptr)
 
+        block = dataclasses.replace(
+            cls._without_latents(table, d_sae),
+            indptr=indptr,
+            latents=latents[chosen].astype(np.int32),
+            means=entries("mean", np.float32),
+            counts=entries("count", np.int32) if whole else None,
+        )
+        if not whole:
+            return block
+        peaks = entries("peak", np.float32)
+        return dataclasses.replace(block, maxes=peaks + block._means_when_on())
+
+    @classmethod
+    def _without_latents(cls, table: pa.Table, d_sae: int) -> "IndexBlock":
         hidden = np.stack([_flat(table[f"{s}_hidden"]) for s in SEGMENTS])
         d_in = table["prompt_hidden"].type.list_size
         hidden = hidden.reshape(len(SEGMENTS), table.num_rows, d_in).transpose(1, 0, 2)
-        block = cls(
+        return cls(
             rows=table["row"].to_numpy(),
             ids=table["id"].to_pylist(),
             n_tokens=np.stack([table[f"{s}_tokens"].to_numpy() for s in SEGMENTS], axis=1),
             truncated=table["truncated"].to_numpy(zero_copy_only=False),
             hidden=hidden.astype(np.float32) / table["hidden_scale"].to_numpy()[:, None, None],
             l1=np.stack([table[f"{s}_l1"].to_numpy() for s in SEGMENTS], axis=1),
-            indptr=indptr,
-            latents=_flat(table["latents"]).astype(np.int32),
-            means=entries("mean", np.float32),
+            indptr=np.zeros(table.num_rows + 1, dtype=np.int64),
+            latents=np.zeros(0, dtype=np.int32),
+            means=np.zeros((0, len(SEGMENTS)), dtype=np.float32),
             maxes=None,
-            counts=entries("count", np.int32) if whole else None,
+            counts=None,
             d_sae=d_sae,
         )
-        if not whole:
-            return block
-        peaks = entries("peak", np.float32)
-        return dataclasses.replace(block, maxes=peaks + block._means_when_on())
 
     def _means_when_on(self) -> Float32[np.ndarray, "nnz 2"]:
         """Mean over the tokens at which a latent is on."""
@@ -238,15 +261,15 @@ class IndexBlock:
         return above * (self.counts > 1)
 
 
-MEANS_ONLY = [
+HIDDEN_ONLY = [
     "row",
     "id",
     "truncated",
     "hidden_scale",
-    "latent_scale",
-    *(f"{s}_{name}" for s in SEGMENTS for name in ("tokens", "l1", "hidden", "mean")),
-    "latents",
+    *(f"{s}_{name}" for s in SEGMENTS for name in ("tokens", "l1", "hidden")),
 ]
+"""The columns that mean hidden states need."""
+MEANS_ONLY = [*HIDDEN_ONLY, "latent_scale", *(f"{s}_mean" for s in SEGMENTS), "latents"]
 """The columns that mean pooling needs."""
 
 

@@ -132,6 +132,10 @@ def read_part(path: str, shard: int) -> dict | None:
         return None
 
 
+def _parts(path: str, num_shards: int) -> list[dict]:
+    return [part for i in range(num_shards) if (part := read_part(path, i)) is not None]
+
+
 def finish_index(
     path: str, num_shards: int, *, d_sae: int, max_rejected: float, columns: Sequence[str] = ()
 ) -> Manifest:
@@ -147,14 +151,14 @@ def finish_index(
     Raises:
         PoolError: more than the share `max_rejected` of the rows could not be read, or all.
     """
-    parts = [part for i in range(num_shards) if (part := read_part(path, i)) is not None]
+    parts = _parts(path, num_shards)
     assert len(parts) == num_shards, "an index is finished when every shard is written"
     unread = [Rejected(*row) for part in parts for row in part["rejected"]]
-    duplicates = _duplicates(Shards(path, num_shards, d_sae))
     num_read = sum(part["num_rows"] for part in parts)
-    _refuse_bad_pool(unread + duplicates, num_read - len(duplicates), max_rejected)
+    _refuse_bad_pool(unread, num_read + len(unread), max_rejected)
+    duplicates = _duplicates(Shards(path, num_shards, d_sae))
     shards = Shards(path, num_shards, d_sae, frozenset(one.row for one in duplicates))
-    num_rows = sum(part["num_rows"] for part in parts) - len(duplicates)
+    num_rows = num_read - len(duplicates)
     rejected = sorted(unread + duplicates, key=lambda one: one.row)
 
     background, tallies = _survey(shards, num_rows)
@@ -191,15 +195,34 @@ def _num_bytes(path: str) -> int:
     return sum(fs.size(name) or 0 for name in fs.find(root) if "/." not in name[len(root) :])
 
 
-def _refuse_bad_pool(unread: list[Rejected], num_rows: int, max_rejected: float) -> None:
-    total = num_rows + len(unread)
-    if num_rows and len(unread) <= max_rejected * total:
+def refuse_bad_pool(path: str, num_shards: int, num_rows: int, max_rejected: float) -> None:
+    """Refuse a pool once the shards that are there hold more unreadable rows than it may have.
+
+    Args:
+        path: the index, as far as it is.
+        num_shards: how many it will have.
+        num_rows: rows of the pool.
+        max_rejected: share of them that may be unreadable; a row whose id an earlier one has is
+            left out and listed, but can be read and is not counted.
+
+    Raises:
+        PoolError: they are too many.
+    """
+    parts = _parts(path, num_shards)
+    unread = [Rejected(*row) for part in parts for row in part["rejected"]]
+    _refuse_bad_pool(unread, num_rows, max_rejected, "at least " * (len(parts) < num_shards))
+
+
+def _refuse_bad_pool(
+    unread: list[Rejected], num_rows: int, max_rejected: float, at_least: str = ""
+) -> None:
+    if len(unread) <= max_rejected * num_rows and len(unread) < num_rows:
         return
     reasons = "; ".join(f"{reason}: {n}" for reason, n in count_reasons(unread).items())
-    first = unread[0]
+    first = min(unread, key=lambda one: one.row)
     raise PoolError(
-        f"{len(unread)} of {total} rows of the pool cannot be read ({reasons}; the first is row "
-        f"{first.row}{f', {first.excerpt!r}' if first.excerpt else ''}): at most "
+        f"{at_least}{len(unread)} of {num_rows} rows of the pool cannot be read ({reasons}; the "
+        f"first is row {first.row}{f', {first.excerpt!r}' if first.excerpt else ''}): at most "
         f"{max_rejected:.0%} may be rejected; mend the pool, or raise max_rejected"
     )
 
@@ -227,19 +250,16 @@ def _survey(shards: Shards, num_rows: int) -> tuple[IndexBlock, dict[str, np.nda
     sampled = np.unique(np.linspace(0, num_rows - 1, min(BACKGROUND_ROWS, num_rows)).astype(int))
     background: list[IndexBlock] = []
     tallies: Counter[str] = Counter()
-    per_latent = {
-        name: np.zeros(shards.d_sae, dtype=np.float64) for name in ("rows", "tokens", "sums")
-    }
+    per_latent = {name: np.zeros(shards.d_sae, dtype=np.float64) for name in ("rows", "tokens")}
     for block in shards.blocks():
         assert block.counts is not None
         here = sampled[(sampled >= block.rows[0]) & (sampled <= block.rows[-1])]
         background.append(block.take(here - block.rows[0]))
         tallies["num_rows"] += len(block)
-        tallies["num_tokens"] += int(block.n_tokens.sum())
         tallies["truncated"] += int(block.truncated.sum())
         per_latent["rows"] += np.bincount(block.latents, minlength=shards.d_sae)
-        for name, values in (("tokens", block.counts.sum(1)), ("sums", block.pooled("sum").data)):
-            per_latent[name] += np.bincount(block.latents, values, minlength=shards.d_sae)
+        tokens = block.counts.sum(1)
+        per_latent["tokens"] += np.bincount(block.latents, tokens, minlength=shards.d_sae)
     counted = {name: np.array(count) for name, count in tallies.items()}
     return IndexBlock.concatenate(background), per_latent | counted
 
@@ -264,8 +284,6 @@ def _stats(
             thresholds[latent] = np.quantile(means.data[on], among_on)
     stats = {
         "document_frequency": tallies["rows"] / tallies["num_rows"],
-        "token_density": tokens / tallies["num_tokens"],
-        "mean_on": tallies["sums"] / np.maximum(tokens, 1),
         "p99_on": p99,
         "on_threshold": thresholds,
         "template_share": template_counts / np.maximum(template_counts + tokens, 1),

@@ -5,6 +5,7 @@ found count by how much they are like them; dropped rows count against.
 """
 
 import dataclasses
+import functools
 
 import numpy as np
 from jaxtyping import Float32, Float64, Int64
@@ -12,7 +13,7 @@ from jaxtyping import Float32, Float64, Int64
 from sae_ray.curate.block import IndexBlock
 from sae_ray.curate.concepts import num_clusters
 from sae_ray.curate.index import FeatureIndex
-from sae_ray.curate.seeds import Seeds, spellings, strongest, task_terms
+from sae_ray.curate.seeds import spellings, strongest, task_terms
 from sae_ray.curate.space import HiddenSpace, unit
 
 NUM_JUDGED = 100
@@ -61,6 +62,7 @@ class Channel:
     mass: float
 
 
+@functools.lru_cache(maxsize=1)  # the seeds ask, and the score of the same sentence asks again
 def lexical_evidence(index: FeatureIndex, text: str) -> Float32[np.ndarray, " num_rows"]:
     """Return BM25 of a text's words where requests are said, times the root of the share held.
 
@@ -74,17 +76,19 @@ def lexical_evidence(index: FeatureIndex, text: str) -> Float32[np.ndarray, " nu
         found = np.max([index.request_scores({one: 1.0}) for one in spellings(term)], axis=0)
         total += found
         held += found > 0
-    return total * np.sqrt(held / max(len(terms), 1))
+    total *= np.sqrt(held / max(len(terms), 1))
+    total.flags.writeable = False
+    return total
 
 
 def found_rows(
     index: FeatureIndex, task: str, settings: ProfileSettings
-) -> tuple[Seeds, IndexBlock]:
-    """Return the seeds that the words find, and a block of the first of them."""
+) -> tuple[IndexBlock, Float64[np.ndarray, " n"], int]:
+    """Return the seeds that the words find with their weights, and how many first are judged."""
     evidence, sample = lexical_evidence(index, task), index.background.rows
     seeds = strongest(evidence, settings.num_seeds, settings.seed_sharpness, sample)
-    judged = min(NUM_JUDGED, max(1, index.num_rows // 20))
-    return seeds, index.take(strongest(evidence, judged, 0.0).rows, means_only=True)
+    judged = min(NUM_JUDGED, settings.num_seeds, max(1, index.num_rows // 20), len(seeds.rows))
+    return _take(index, seeds.rows), seeds.weights, judged
 
 
 def given_channels(
@@ -111,8 +115,8 @@ def given_channels(
 
 
 def lexical_channel(
-    index: FeatureIndex,
-    seeds: Seeds,
+    block: IndexBlock,
+    weights: Float64[np.ndarray, " n"],
     space: HiddenSpace,
     drops: IndexBlock | None,
     given: list[Channel],
@@ -122,17 +126,16 @@ def lexical_channel(
 
     Returns None where all of them are like dropped rows: the words found nothing.
     """
-    block, weights = _take(index, seeds.rows), seeds.weights.copy()
     here = space.project(block)
     if drops is not None:
-        weights *= (1 - np.clip(here @ space.project(drops).T, 0, 1).max(1)) ** 2
+        weights = weights * (1 - np.clip(here @ space.project(drops).T, 0, 1).max(1)) ** 2
         if weights.sum() < MIN_LEFT:
             return None
     if given:
         known = np.concatenate([space.project(channel.block) for channel in given])
         liked = weights * np.clip(here @ known.T, 0, 1).max(1)
         weights = liked if liked.sum() > 0 else weights
-    weights /= weights.sum()
+    weights = weights / weights.sum()
     mass = float(1 / np.square(weights).sum()) / (1 + trusted) ** 1.5
     return Channel("lexical", block, True, weights, mass)
 

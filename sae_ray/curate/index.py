@@ -18,34 +18,55 @@ import sqlite3
 import tempfile
 import weakref
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
 from itertools import accumulate
+from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
-from jaxtyping import Float32, Int32
+from jaxtyping import Bool, Float32, Int32
 from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors
 
 from sae_ray.artifacts import Manifest, Source, locate, open_artifact, read_file
 from sae_ray.chat import Conversation
-from sae_ray.curate.block import MEANS_ONLY, SEGMENTS, IndexBlock
+from sae_ray.curate.block import HIDDEN_ONLY, MEANS_ONLY, SEGMENTS, IndexBlock
 from sae_ray.curate.lexical import LexicalIndex
 from sae_ray.curate.scorer import LatentScorer, ScorerConfig
 from sae_ray.curate.sources import ROLES, Role, describe_source, locate_source, require_source
+from sae_ray.curate.space import HiddenSpace
 from sae_ray.errors import ArtifactError
 from sae_ray.storage import explain_storage
 
 KIND = "feature-index"
+_READERS = 2
+"""Shards that are read at once: each waits for its turn in memory."""
+T = TypeVar("T")
+
 FEATURES_ONLY = [*MEANS_ONLY, *(f"{s}_{name}" for s in SEGMENTS for name in ("peak", "count"))]
 
 
 def shard_name(shard: int) -> str:
     """Return the name of a shard's file in the index."""
     return f"shards/{shard:05d}.parquet"
+
+
+def ahead(read: Callable[[int], T], shards: Iterable[int]) -> Iterator[T]:
+    """Yield `read(shard)` in order; the next ones are read on threads meanwhile."""
+    with ThreadPoolExecutor(_READERS) as readers:
+        coming: deque[Future[T]] = deque()
+        for shard in shards:
+            coming.append(readers.submit(read, shard))
+            if len(coming) > _READERS:
+                yield coming.popleft().result()
+        while coming:
+            yield coming.popleft().result()
 
 
 @contextlib.contextmanager
@@ -66,10 +87,6 @@ class LatentStats:
 
     document_frequency: Float32[np.ndarray, " d_sae"]
     """Share of rows in which it is on at all."""
-    token_density: Float32[np.ndarray, " d_sae"]
-    """Share of tokens at which it is on."""
-    mean_on: Float32[np.ndarray, " d_sae"]
-    """Mean over the tokens at which it is on."""
     p99_on: Float32[np.ndarray, " d_sae"]
     """99th percentile of a row's maximum, over background rows in which it is on."""
     on_threshold: Float32[np.ndarray, " d_sae"]
@@ -90,32 +107,35 @@ class Shards:
 
     def tables(self, columns: Sequence[str]) -> Iterator[pa.Table]:
         """Stream tables of these columns, a shard at a time."""
-        fs, root = locate(self.path)
-        for shard in range(self.num_shards):
-            with _whole(self.path), fs.open(f"{root}/{shard_name(shard)}", "rb") as file:
-                table = pq.read_table(file, columns=list({"row": 0, **dict.fromkeys(columns)}))
-            yield self._without_excluded(table)
+        yield from ahead(lambda shard: self._table(shard, columns), range(self.num_shards))
 
-    def blocks(self, columns: Sequence[str] = FEATURES_ONLY) -> Iterator[IndexBlock]:
+    def blocks(
+        self,
+        columns: Sequence[str] = FEATURES_ONLY,
+        only: Bool[np.ndarray, " d_sae"] | None = None,
+    ) -> Iterator[IndexBlock]:
         """Stream blocks, a shard at a time; `MEANS_ONLY` columns are read in half the time."""
+
+        def read(shard: int) -> IndexBlock | None:
+            table = self._table(shard, columns)
+            return IndexBlock.from_table(table, self.d_sae, only) if table.num_rows else None
+
         start = 0
-        for table in self.tables(columns):
-            if table.num_rows:
-                rows = np.arange(start, start + table.num_rows)
-                yield dataclasses.replace(IndexBlock.from_table(table, self.d_sae), rows=rows)
-                start += table.num_rows
+        for block in ahead(read, range(self.num_shards)):
+            if block is not None:
+                yield dataclasses.replace(block, rows=np.arange(start, start + len(block)))
+                start += len(block)
 
     def take(self, shard: int, positions: Sequence[int], columns: Sequence[str]) -> pa.Table:
         """Read some rows of one shard, and no row group in which there are none."""
-        fs, root = locate(self.path)
-        with _whole(self.path), fs.open(f"{root}/{shard_name(shard)}", "rb") as opened:
-            file = pq.ParquetFile(opened)
+        with self._opened(shard) as file:
             positions = self._physical(file, positions)
             ends = list(
                 accumulate(file.metadata.row_group(g).num_rows for g in range(file.num_row_groups))
             )
             groups = sorted({bisect_right(ends, position) for position in positions})
-            table = file.read_row_groups(groups, columns=list({"row": 0, **dict.fromkeys(columns)}))
+            wanted = list({"row": 0, **dict.fromkeys(columns)})
+            table = file.read_row_groups(groups, columns=wanted, use_threads=False)
         starts = dict(zip(groups, [0, *accumulate(self._sizes(ends, groups))], strict=False))
         before = {g: (ends[g - 1] if g else 0) for g in groups}
         where = [starts[g] + p - before[g] for p in positions for g in [bisect_right(ends, p)]]
@@ -124,6 +144,20 @@ class Shards:
     @staticmethod
     def _sizes(ends: list[int], groups: list[int]) -> list[int]:
         return [ends[g] - (ends[g - 1] if g else 0) for g in groups]
+
+    @contextlib.contextmanager
+    def _opened(self, shard: int) -> Iterator[pq.ParquetFile]:
+        fs, root = locate(self.path)
+        name = f"{root}/{shard_name(shard)}"
+        with _whole(self.path), contextlib.ExitStack() as stack:
+            local = isinstance(fs, LocalFileSystem)
+            opened = pa.memory_map(name) if local else fs.open(name, "rb")
+            yield pq.ParquetFile(stack.enter_context(opened))
+
+    def _table(self, shard: int, columns: Sequence[str]) -> pa.Table:
+        with self._opened(shard) as file:
+            wanted = list({"row": 0, **dict.fromkeys(columns)})
+            return self._without_excluded(file.read(columns=wanted, use_threads=False))
 
     def _physical(self, file: pq.ParquetFile, positions: Sequence[int]) -> list[int]:
         """Turn positions among the rows that are kept into positions in the file."""
@@ -137,7 +171,8 @@ class Shards:
         rows = table["row"].to_pylist() if self.excluded else []
         if not any(row in self.excluded for row in rows):
             return table
-        return table.take(pa.array([i for i, row in enumerate(rows) if row not in self.excluded]))
+        kept = [i for i, row in enumerate(rows) if row not in self.excluded]
+        return table.take(pa.array(kept, pa.int64()))
 
 
 class FeatureIndex:
@@ -170,7 +205,8 @@ class FeatureIndex:
         with _whole(path):
             tensors = load_tensors(self._bytes("stats.safetensors"))
         excluded = frozenset(tensors.pop("excluded").tolist())
-        self.stats = LatentStats(**tensors)
+        fields = dataclasses.fields(LatentStats)
+        self.stats = LatentStats(**{field.name: tensors[field.name] for field in fields})
         self._shards = Shards(path, int(extra["num_shards"]), self.d_sae, excluded)  # pyright: ignore
 
     @cached_property
@@ -197,15 +233,28 @@ class FeatureIndex:
             table = pq.read_table(pa.BufferReader(self._bytes("background.parquet")))
         return IndexBlock.from_table(table, self.d_sae)
 
-    def blocks(self, *, means_only: bool = False) -> Iterator[IndexBlock]:
-        """Stream all rows, a shard at a time."""
-        return self._shards.blocks(MEANS_ONLY if means_only else FEATURES_ONLY)
+    @cached_property
+    def space(self) -> HiddenSpace:
+        """Return the space of mean hidden states, fitted on the background."""
+        return HiddenSpace.fit(self.background)
+
+    def blocks(
+        self, *, means_only: bool = False, only: Bool[np.ndarray, " d_sae"] | None = None
+    ) -> Iterator[IndexBlock]:
+        """Stream all rows, a shard at a time; with the entries of some latents `only`, faster."""
+        return self._shards.blocks(MEANS_ONLY if means_only else FEATURES_ONLY, only)
 
     def take(self, rows: Sequence[int] | np.ndarray, *, means_only: bool = False) -> IndexBlock:
         """Return these rows in the order given; means alone are read in half the time."""
         rows = np.asarray(rows, dtype=np.int64)
         columns = MEANS_ONLY if means_only else FEATURES_ONLY
         block = IndexBlock.from_table(self._take(rows, columns), self.d_sae)
+        return dataclasses.replace(block, rows=rows)
+
+    def take_hidden(self, rows: Sequence[int] | np.ndarray) -> IndexBlock:
+        """Return these rows in the order given without their latents, in a fraction of the time."""
+        rows = np.asarray(rows, dtype=np.int64)
+        block = IndexBlock.from_table(self._take(rows, HIDDEN_ONLY), self.d_sae)
         return dataclasses.replace(block, rows=rows)
 
     def conversations(self, rows: Sequence[int] | np.ndarray) -> list[Conversation]:
@@ -245,6 +294,8 @@ class FeatureIndex:
         names = {field.name for field in dataclasses.fields(ScorerConfig)} - set(ROLES)
         config = {k: v for k, v in self.manifest.config.items() if k in names}
         lm, sae = locate_source("lm", self.source("lm")), locate_source("sae", self.source("sae"))
+        if not Path(lm).is_dir():
+            lm = self.manifest.parents["lm"]  # on the hub: at the revision that read the pool
         return LatentScorer.load(ScorerConfig(lm, sae, **config))  # pyright: ignore[reportArgumentType]
 
     def source(self, role: Role) -> str:
@@ -273,12 +324,12 @@ class FeatureIndex:
             return self._shards.take(0, [], columns)
         shards = np.searchsorted(self._starts, rows, side="right") - 1
         order = np.argsort(shards, kind="stable")
-        tables = [
-            self._shards.take(
-                int(shard), (rows[shards == shard] - self._starts[shard]).tolist(), columns
-            )
-            for shard in np.unique(shards)
-        ]
+
+        def read(shard: int) -> pa.Table:
+            here = rows[shards == shard] - self._starts[shard]
+            return self._shards.take(shard, here.tolist(), columns)
+
+        tables = list(ahead(read, np.unique(shards).tolist()))
         return pa.concat_tables(tables).take(pa.array(np.argsort(order)))
 
     def _bytes(self, name: str) -> bytes:

@@ -25,6 +25,7 @@ REQUEST_WORDS = 16
 """Words at either end of a prompt that are searched by themselves: people say what they want before
 or after the text that they want it done to."""
 Table = Literal["pool", "request"]
+_FOUND = np.dtype([("row", np.int64), ("score", np.float64)])
 
 
 def build(path: str | Path, texts: Iterable[tuple[str, str]]) -> None:
@@ -76,9 +77,8 @@ class LexicalIndex:
             by_weight.setdefault(weight, []).append(re.sub('["\0]', " ", term))
         for weight, terms in by_weight.items():
             match = " OR ".join(f'"{term}"' for term in terms)
-            if found := self._found(match, table):
-                rows, ranks = zip(*found, strict=True)
-                scores[list(rows)] += weight * np.asarray(ranks, dtype=np.float32)
+            found = np.array(self._found(match, table), dtype=_FOUND)
+            scores[found["row"]] += weight * found["score"].astype(np.float32)
         return scores
 
     def _found(self, match: str, table: Table) -> list[tuple[int, float]]:

@@ -54,7 +54,7 @@ class Reason:
     """Its share of what the profile's latents add to the row's score."""
     label: str | None
     tokens: list[str]
-    """Where it fired most, strongest first."""
+    """Where it fired most, strongest first; none where the row was not read again."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,12 +76,18 @@ def explain_rows(
     scores: Sequence[float],
     contributions: Sequence[Sequence[tuple[int, float]]],
     labels: Mapping[int, str],
+    num_traced: int | None = None,
 ) -> list[SelectedRow]:
-    """Join chosen rows with their conversations and the tokens at which their latents fired."""
+    """Join chosen rows with their conversations and the tokens at which their latents fired.
+
+    The model reads the first `num_traced` rows again, or all: the reasons of others name no tokens.
+    """
     conversations = index.conversations(rows)
     latents = np.unique([latent for one in contributions for latent, _ in one]).astype(np.int64)
     column = {int(latent): i for i, latent in enumerate(latents)}
-    traces = index.scorer.traces(conversations, latents)
+    traces = index.scorer.traces(conversations[:num_traced], latents)
+    unread = Trace([], np.zeros((0, len(latents)), dtype=np.float32))
+    traces += [unread] * (len(rows) - len(traces))
     lengths = index.n_tokens[np.asarray(rows, dtype=np.int64)].sum(1)
     explained = []
     for i, mine in enumerate(contributions):

@@ -31,7 +31,6 @@ from sae_ray.curate.evidence import (
 )
 from sae_ray.curate.index import FeatureIndex
 from sae_ray.curate.seeds import query_terms
-from sae_ray.curate.space import HiddenSpace
 from sae_ray.errors import TaskError
 
 MAX_TASK_CHARS = 1000
@@ -159,17 +158,17 @@ def build_profile(
     if both:
         raise TaskError(f"{both[0]!r} is in keep and in drop: a row is one or the other; choose")
     kept, dropped = _rows(index, keep, "keep"), _rows(index, drop, "drop")
-    space = HiddenSpace.fit(index.background)
+    space = index.space
     drops = index.take(dropped, means_only=True) if dropped else None
     channels = given_channels(index, kept, examples, pseudo_queries, settings)
     trusted = sum((channel.mass for channel in channels), start=0.0)
-    seeds, found = found_rows(index, task, settings)
-    if len(seeds.rows):
-        words = lexical_channel(index, seeds, space, drops, channels, trusted)
+    found, weights, judged = found_rows(index, task, settings)
+    if len(found):
+        words = lexical_channel(found, weights, space, drops, channels, trusted)
         channels = [words, *channels] if words else channels
     own = index.describe(task) if settings.description_weight > 0 else None
     direction = direction_of(space, channels, own, drops, trusted, settings)
-    agreement = agreement_of(space, index.background, channels, found)
+    agreement = agreement_of(space, index.background, channels, found.take(range(judged)))
     why, warnings = doubts_of(task, space, channels, agreement, trusted, settings)
     return Profile(
         task=task,

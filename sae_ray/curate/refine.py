@@ -43,7 +43,7 @@ def rows_to_show(
     """
     judged = {seed.row for seed in profile.seeds if seed.channel in ("keep", "drop")}
     hidden_from = {*seen, *(row for row in judged if row is not None)}
-    space = HiddenSpace.fit(index.background)
+    space = index.space
     pool = _candidates(index, profile, scores)
     before = space.project(pool.take([i for i, r in enumerate(pool.rows) if int(r) in hidden_from]))
     pool = pool.take([i for i, row in enumerate(pool.rows) if int(row) not in hidden_from])
@@ -70,7 +70,7 @@ def _candidates(index: FeatureIndex, profile: Profile, scores: Scores) -> IndexB
     judged = [s.row for s in profile.seeds if s.row is not None and s.channel in ("keep", "drop")]
     wanted = dict.fromkeys([*words[lexical[words] > 0].tolist(), *judged])
     extra = [row for row in wanted if row not in set(best.rows.tolist())]
-    return IndexBlock.concatenate([best, index.take(extra)]) if extra else best
+    return IndexBlock.concatenate([best, index.take_hidden(extra)]) if extra else best
 
 
 def _ranks(values: Float32[np.ndarray, " n"]) -> Float32[np.ndarray, " n"]:

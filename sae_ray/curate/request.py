@@ -33,13 +33,15 @@ class Request(BaseModel):
     budget_tokens: int | None = Field(default=None, ge=1)
     """Content tokens that the selection may hold."""
     keep: tuple[str, ...] = ()
-    """Ids of rows of the pool that are right: they outweigh what the words found."""
+    """Ids of rows of the pool that are right. They are evidence, which outweighs what the words
+    found, and no promise of a place: a kept row is selected where its own score says so."""
     drop: tuple[str, ...] = ()
-    """Ids of rows of the pool that are wrong."""
+    """Ids of rows of the pool that are wrong: never selected, and rows like them count for less."""
     examples: str | None = None
     """Conversations of the kind wanted: Parquet or JSONL, in any form that a pool may have."""
     pseudo_queries: str | None = None
-    """File of conversations that a capable model wrote from the task: prompts, or JSON lines."""
+    """File of conversations that a capable model wrote from the task: prompts, or JSON lines. Not
+    together with pseudo_url."""
     pseudo_url: str | None = None
     """OpenAI-compatible endpoint asked to write them instead; its key is in OPENAI_API_KEY."""
     pseudo_model: str | None = None
@@ -50,6 +52,10 @@ class Request(BaseModel):
     """How rows are scored: fused, latents, hidden, sum_topk, jaccard (MONA), max or cosine."""
     selector: SelectorName = "greedy"
     """How scored rows are chosen: greedy (with coverage of concepts), topk or round_robin."""
+    explain_rows: int | None = Field(default=None, ge=0)
+    """Rows of the selection, from the first on, whose reasons name the tokens that they rest on:
+    the model reads each of them again. All, if not given, where that is cheap (on a GPU, or with a
+    small model), else as many as the page shows in full."""
     quota_column: str | None = None
     """Column, carried by keep_columns, of which no value may take more than quota."""
     quota: float | None = Field(default=None, gt=0, le=1)

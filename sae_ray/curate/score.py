@@ -11,13 +11,10 @@ row a few numbers are kept, and whole blocks only of the best candidates. By nam
 """
 
 import dataclasses
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
 
 import numpy as np
-from jaxtyping import Float, Float32, Int64
-from scipy.stats import spearmanr
+from jaxtyping import Bool, Float32, Float64, Int64
 
 from sae_ray.curate.block import IndexBlock
 from sae_ray.curate.evidence import lexical_evidence
@@ -46,13 +43,22 @@ class Scores:
     lexical: Float32[np.ndarray, " num_rows"]
     """What the description's words say of each row, before it is standardised."""
     candidates: IndexBlock
-    """The best rows, best first."""
+    """The best rows, best first, with the entries of the profile's latents."""
     length_correlation: float
     """Rank correlation of score and length over an even sample of the pool."""
 
     def order(self, num: int | None = None) -> Int64[np.ndarray, " n"]:
         """Return rows from best to worst."""
         return np.argsort(-self.total, kind="stable")[:num].astype(np.int64)
+
+    def carried(self, rows: Int64[np.ndarray, " n"]) -> dict[str, float]:
+        """Return the share of each part in what lifts these rows above the pool's middle.
+
+        A part that does not lift them carries nothing; all do where nothing does.
+        """
+        lifts = {name: max(float(part[rows].mean()), 0.0) for name, part in self.parts.items()}
+        total = sum(lifts.values())
+        return {name: lift / total if total else 0.0 for name, lift in lifts.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +79,6 @@ def score_pool(
     scorer: ScorerName = "fused",
     *,
     num_candidates: int = 2000,
-    length_neutral: bool = False,
 ) -> Scores:
     """Score every row; keep the best candidates whole.
 
@@ -82,18 +87,11 @@ def score_pool(
         profile: the task.
         scorer: which score.
         num_candidates: rows to keep whole, for selecting and for showing.
-        length_neutral: subtract what a cubic in log length explains of each part. Off by default:
-            on real pools length tells tasks apart, and taking it out cost five points of precision.
     """
-    space, lookup = HiddenSpace.fit(index.background), _lookup(profile, index.stats.on_threshold)
+    space, lookup = index.space, _lookup(profile, index.stats.on_threshold)
     names = {"latents": LATENT_WEIGHT, "hidden": 1.0} if scorer == "fused" else {scorer: 1.0}
     scales = {
-        name: _Scale.fit(
-            _raw(name, index.background, space, profile, lookup),
-            index.background,
-            length_neutral,
-            weight,
-        )
+        name: _Scale.fit(_raw(name, index.background, space, profile, lookup), weight)
         for name, weight in names.items()
     }
     evidence = lexical_evidence(index, profile.task)
@@ -101,10 +99,12 @@ def score_pool(
     best = _Best(num_candidates)
     parts: dict[str, list[np.ndarray]] = {name: [] for name in names}
     totals: list[np.ndarray] = []
-    for block in _ahead(index.blocks(means_only=scorer != "max")):
+    # The norm of cosine is over all latents; any other score reads those of the profile alone.
+    only = None if scorer == "cosine" else latents_of(profile, index.d_sae)
+    for block in index.blocks(means_only=scorer != "max", only=only):
         total = words[block.rows]
         for name in names:
-            parts[name].append(scales[name](_raw(name, block, space, profile, lookup), block))
+            parts[name].append(scales[name](_raw(name, block, space, profile, lookup)))
             total = total + parts[name][-1]
         totals.append(np.round(total, _DECIMALS))
         best.add(block, totals[-1])
@@ -112,15 +112,6 @@ def score_pool(
     if scorer == "fused":
         joined["lexical"] = words
     return Scores(np.concatenate(totals), joined, evidence, best.block(), best.length_correlation())
-
-
-def _ahead(blocks: Iterator[IndexBlock]) -> Iterator[IndexBlock]:
-    """Read the next block on another thread while this one is scored."""
-    with ThreadPoolExecutor(1) as reader:
-        coming = reader.submit(next, blocks, None)
-        while (block := coming.result()) is not None:
-            coming = reader.submit(next, blocks, None)
-            yield block
 
 
 def contributions(
@@ -153,6 +144,13 @@ def contributions(
     return found
 
 
+def latents_of(profile: Profile, d_sae: int) -> Bool[np.ndarray, " d_sae"]:
+    """Return which latents a profile holds."""
+    held = np.zeros(d_sae, dtype=bool)
+    held[[one.latent for one in profile.latents]] = True
+    return held
+
+
 def concepts_on(
     block: IndexBlock, profile: Profile, on_threshold: Float32[np.ndarray, " d_sae"]
 ) -> tuple[Float32[np.ndarray, "n groups"], Float32[np.ndarray, " groups"]]:
@@ -163,29 +161,22 @@ def concepts_on(
 
 @dataclasses.dataclass(frozen=True)
 class _Scale:
-    """Centre and scale of a part over the background, after its fit on length, with its weight."""
+    """Centre and scale of a part over the background, with its weight.
 
-    coefficients: Float[np.ndarray, " degree"]
+    Length is left in: on real pools it tells tasks apart, and taking out of each part what a cubic
+    in log length explains of it cost five points of precision.
+    """
+
+    mean: float
     deviation: float
 
     @classmethod
-    def fit(
-        cls, values: np.ndarray, background: IndexBlock, length_neutral: bool, weight: float
-    ) -> "_Scale":
-        powers = _length_powers(background, 3 if length_neutral else 0)
-        coefficients = np.linalg.lstsq(powers, values.astype(np.float64), rcond=None)[0]
-        deviation = float((values - powers @ coefficients).std()) or 1.0
-        return cls(coefficients, deviation / weight)
+    def fit(cls, values: np.ndarray, weight: float) -> "_Scale":
+        exact = values.astype(np.float64)
+        return cls(float(exact.mean()), (float(exact.std()) or 1.0) / weight)
 
-    def __call__(self, values: np.ndarray, block: IndexBlock) -> Float32[np.ndarray, " n"]:
-        fitted = _length_powers(block, len(self.coefficients) - 1) @ self.coefficients
-        return ((values - fitted) / self.deviation).astype(np.float32)
-
-
-def _length_powers(block: IndexBlock, degree: int) -> Float[np.ndarray, "n powers"]:
-    # Centred near typical lengths, so that the powers are not collinear.
-    x = (np.log1p(block.n_tokens.sum(1)) - 4.0) / 2.0
-    return np.stack([x**power for power in range(degree + 1)], axis=1)
+    def __call__(self, values: np.ndarray) -> Float32[np.ndarray, " n"]:
+        return ((values.astype(np.float64) - self.mean) / self.deviation).astype(np.float32)
 
 
 class _Best:
@@ -220,7 +211,7 @@ class _Best:
         lengths = np.concatenate([one for _, one in self.sample])
         if len(scores) < 3 or scores.std() == 0 or lengths.std() == 0:
             return 0.0
-        return float(spearmanr(scores, lengths)[0])  # pyright: ignore[reportArgumentType]
+        return float(np.corrcoef(_mean_ranks(scores), _mean_ranks(lengths))[0, 1])
 
     def _prune(self) -> None:
         joined = IndexBlock.concatenate(self.blocks)
@@ -228,6 +219,12 @@ class _Best:
         self.blocks, self.scores = [joined.take(best)], self.scores[best]
         if len(self.scores) == self.num:
             self.floor = float(self.scores.min())
+
+
+def _mean_ranks(values: np.ndarray) -> Float64[np.ndarray, " n"]:
+    """Rank values, ties sharing the mean of their ranks: scipy.stats takes 2 s to import for it."""
+    _, which, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[which]
 
 
 def _lookup(profile: Profile, thresholds: Float32[np.ndarray, " d_sae"]) -> _Lookup:

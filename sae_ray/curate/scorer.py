@@ -7,16 +7,26 @@ are made.
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from queue import SimpleQueue
 
 import numpy as np
 import torch
 from jaxtyping import Float32, Int64
+from joblib import cpu_count  # heeds affinity and control groups, as os.cpu_count does not
 from torch import Tensor
 
 from sae_ray.chat import ChatTokenizer, Conversation, Kind, Tokens, Unreadable
 from sae_ray.curate.block import IndexBlock
 from sae_ray.errors import ModelError
-from sae_ray.lm import DTypeName, LanguageModel, load_config, require_layer, width_at
+from sae_ray.lm import (
+    DTypeName,
+    LanguageModel,
+    load_config,
+    require_layer,
+    weight_bytes,
+    width_at,
+)
 from sae_ray.sae.encoder import LatentEncoder, Pooled
 from sae_ray.sae.pretrained import load_encoder
 
@@ -26,6 +36,10 @@ MAX_FVU = 0.8
 """A SAE that leaves more of the variance unexplained was not trained on these activations."""
 MIN_FIT_TOKENS = 64
 """Tokens below which variance is not judged."""
+PROCESS_BYTES = 5 * 2**28
+"""What a process takes beside the weights, at its peak: libraries, batches, and a shard's rows."""
+MAX_READERS = 8
+"""Threads that read at once when a selection is explained: each takes the room of a batch."""
 MAX_POOLED_VALUES = 2**24
 """Latents pooled at once: with a wide SAE, short conversations need more room than their tokens."""
 
@@ -145,23 +159,55 @@ class LatentScorer:
         (traced,) = self.traces([conversation], np.arange(self.encoder.d_sae))
         return traced
 
-    @torch.inference_mode()
     def traces(
         self, conversations: Sequence[Conversation], latents: Int64[np.ndarray, " chosen"]
     ) -> list[Trace]:
-        """Return chosen latents of every content token of each conversation."""
+        """Return chosen latents of every content token of each conversation.
+
+        On CPUs batches are read by several threads: each on its own, so that the answer is the same
+        on any number of them.
+        """
         tokenised = self._tokenize(conversations)
         empty = Trace([], np.zeros((0, len(latents)), dtype=np.float32))
         traced = [empty] * len(conversations)
         readable = [i for i, t in enumerate(tokenised) if isinstance(t, Tokens) and len(t)]
-        for batch in self._batches(readable, tokenised):
-            tokens = [t for i in batch if isinstance(t := tokenised[i], Tokens)]
-            for i, one, x in zip(batch, tokens, self._read(tokens), strict=True):
-                content = np.flatnonzero(one.kinds == Kind.CONTENT)
-                z = self.encoder.encode(x[torch.from_numpy(content).to(x.device)], latents)
-                texts = self.tokenizer.texts(conversations[i], one)
-                traced[i] = Trace([texts[at] for at in content], z.cpu().numpy())
+        batches = list(self._batches(readable, tokenised))
+        readers: SimpleQueue[LanguageModel] = SimpleQueue()
+        for lm in (self.lm, *(self.lm.twin() for _ in range(self._num_twins(len(batches))))):
+            readers.put(lm)
+
+        def read(batch: list[int]) -> list[np.ndarray]:
+            lm = readers.get()
+            try:
+                tokens = [t for i in batch if isinstance(t := tokenised[i], Tokens)]
+                return self._at_content(lm, tokens, latents)
+            finally:
+                readers.put(lm)
+
+        with ThreadPoolExecutor(readers.qsize()) as threads:
+            for batch, found in zip(batches, threads.map(read, batches), strict=True):
+                for i, values in zip(batch, found, strict=True):
+                    one = tokenised[i]
+                    assert isinstance(one, Tokens)
+                    texts = self.tokenizer.texts(conversations[i], one)
+                    content = np.flatnonzero(one.kinds == Kind.CONTENT)
+                    traced[i] = Trace([texts[at] for at in content], values)
         return traced
+
+    def _num_twins(self, num_batches: int) -> int:
+        """Return how many readers may help this one: on a GPU none, which one keeps busy."""
+        threads = 1 if self.lm.device.type != "cpu" else min(cpu_count(), MAX_READERS)
+        return max(0, min(threads, num_batches) - 1)
+
+    @torch.inference_mode()
+    def _at_content(
+        self, lm: LanguageModel, tokens: list[Tokens], latents: Int64[np.ndarray, " chosen"]
+    ) -> list[np.ndarray]:
+        found = []
+        for one, x in zip(tokens, self._read(tokens, lm), strict=True):
+            content = torch.from_numpy(np.flatnonzero(one.kinds == Kind.CONTENT)).to(x.device)
+            found.append(self.encoder.encode(x[content], latents).cpu().numpy())
+        return found
 
     def _tokenize(self, conversations: Sequence[Conversation]) -> list[Tokens | Unreadable]:
         return self.tokenizer.tokenize(conversations, self.max_tokens)
@@ -172,12 +218,13 @@ class LatentScorer:
         max_rows = max(1, MAX_POOLED_VALUES // (2 * self.encoder.d_sae))
         return _batches(kept, tokenised, self.config.batch_tokens, max_rows)
 
-    def _read(self, tokens: Sequence[Tokens]) -> Tensor:
+    def _read(self, tokens: Sequence[Tokens], lm: LanguageModel | None = None) -> Tensor:
         """Run a right-padded batch: activations [batch, seq, d_in]."""
+        lm = lm or self.lm
         ids = np.zeros((len(tokens), max(map(len, tokens))), dtype=np.int64)
         for row, one in zip(ids, tokens, strict=True):
             row[: len(one)] = one.ids
-        return self.lm.read(torch.from_numpy(ids).to(self.lm.device))[self.hook_point]
+        return lm.read(torch.from_numpy(ids).to(lm.device))[self.hook_point]
 
     @torch.inference_mode()
     def _unexplained(self, tokens: Sequence[Tokens]) -> float | None:
@@ -280,6 +327,12 @@ def check_pair(config: ScorerConfig) -> LatentEncoder:
             f"{encoder.model_name or 'no model'}), or the model of this SAE"
         )
     return encoder
+
+
+def memory_needed(config: ScorerConfig, encoder: LatentEncoder) -> int:
+    """Return the bytes of memory that a process takes to score, with the pair of `check_pair`."""
+    sae = sum(weight.nbytes for weight in (encoder.W, encoder.W_dec))
+    return PROCESS_BYTES + weight_bytes(config.lm, encoder.hook_point, config.dtype) + sae
 
 
 def _batches(

@@ -27,7 +27,7 @@ from sae_ray.curate.block import IndexBlock
 from sae_ray.curate.duplicates import NEAR_COPY, NearDuplicates
 from sae_ray.curate.index import FeatureIndex
 from sae_ray.curate.profile import Profile
-from sae_ray.curate.score import Scores, concepts_on, contributions
+from sae_ray.curate.score import Scores, concepts_on, contributions, latents_of
 
 SelectorName = Literal["greedy", "topk", "round_robin"]
 
@@ -167,7 +167,8 @@ class _Ranking:
     @cached_property
     def _all(self) -> Bool[np.ndarray, "num_rows groups"]:
         on = np.zeros((len(self), len(self.weights)), dtype=bool)
-        for block in self.index.blocks(means_only=True):
+        held = latents_of(self.profile, self.index.d_sae)
+        for block in self.index.blocks(means_only=True, only=held):
             on[block.rows] = self._concepts_on(block)[0]
         return on[self.rows]
 

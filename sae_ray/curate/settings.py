@@ -1,10 +1,22 @@
 """Settings of an index: which pool is read through which model and SAE, and how."""
 
+from collections.abc import Collection
+
 from pydantic import Field, JsonValue, model_validator
 
+from sae_ray.artifacts import open_artifact
 from sae_ray.config import JobConfig
+from sae_ray.curate.index import KIND
 from sae_ray.curate.scorer import ScorerConfig
-from sae_ray.curate.sources import EMBEDDED, ROLES, Role, locate_source
+from sae_ray.curate.sources import (
+    EMBEDDED,
+    ROLES,
+    Role,
+    locate_model,
+    locate_source,
+    require_source,
+)
+from sae_ray.errors import ArtifactError
 from sae_ray.lm import DTypeName, fast_dtype
 
 _INCIDENTAL = {"max_rejected", "check_fit", "num_workers"}
@@ -19,7 +31,8 @@ class IndexSettings(JobConfig):
     the name of a Hugging Face dataset; as `messages`, `instruction/input/output` or
     `prompt/completion`. Without it, the embedded pool."""
     lm: str | None = None
-    """Language model that reads: a folder or a Hugging Face name. Without it, the embedded one."""
+    """Language model that reads: a folder or a Hugging Face name, whose revision of now is taken
+    (`name@revision` for another). Without it, the embedded one."""
     sae: str | None = None
     """SAE of that model: a folder in sae-lens format, or release:sae_id of sae-lens' registry.
     Without it, the embedded one."""
@@ -37,7 +50,8 @@ class IndexSettings(JobConfig):
     keep_columns: list[str] = Field(default=["source"])
     """Columns of the pool to show in reports, where it has them; never read by a selector."""
     max_rejected: float = Field(default=0.1, ge=0, le=1)
-    """Share of unreadable rows past which the job stops; rejected rows are listed with reasons."""
+    """Share of unreadable rows past which the job stops; rejected rows are listed with reasons.
+    Rows whose id an earlier one has are listed, too, and not counted."""
     check_fit: bool = True
     """Refuse a SAE that leaves over 80 % of the variance unexplained: another model's."""
     num_workers: int | None = Field(default=None, ge=0)
@@ -62,6 +76,27 @@ class IndexSettings(JobConfig):
         """Return the name of the pool, model or SAE: the one given, or the embedded one's."""
         return getattr(self, role) or EMBEDDED
 
+    def require_same(self, path: str, said: Collection[str]) -> None:
+        """Refuse a finished index that differs in a setting or source that was said.
+
+        Raises:
+            ArtifactError: it was made with other settings, or of another pool, model or SAE.
+        """
+        manifest = open_artifact(path, KIND)
+        differences = [
+            f"{name}: {manifest.config.get(name)!r} there, {value!r} here"
+            for name, value in self.identity().items()
+            if name in said and value != manifest.config.get(name)
+        ]
+        if differences:
+            raise ArtifactError(
+                f"{path} holds an index made otherwise ({'; '.join(differences)}): give another "
+                "folder for the index, or leave these settings out"
+            )
+        for role in ROLES:
+            if role in said:
+                require_source(role, self.source(role), manifest, path)
+
     @property
     def pool_source(self) -> str:
         """Where the pool lies."""
@@ -70,7 +105,7 @@ class IndexSettings(JobConfig):
     def scorer_config(self) -> ScorerConfig:
         """Return what a row of the index depends on."""
         return ScorerConfig(
-            lm=locate_source("lm", self.source("lm")),
+            lm=locate_model(self.source("lm")),
             sae=locate_source("sae", self.source("sae")),
             dtype=self.dtype,
             max_tokens=self.max_tokens,

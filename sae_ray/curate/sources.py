@@ -18,6 +18,8 @@ from huggingface_hub import hf_hub_download
 from sae_ray import tiny
 from sae_ray.artifacts import Manifest, Source, explain_storage, hash_file, locate
 from sae_ray.errors import ArtifactError
+from sae_ray.hub import hub_arguments
+from sae_ray.lm import load_config
 from sae_ray.pool import plan
 from sae_ray.sae.pretrained import resolve
 
@@ -40,6 +42,19 @@ def locate_source(role: Role, name: str) -> str:
     return str(_EMBEDDED[role]()) if name == EMBEDDED else name
 
 
+def locate_model(name: str) -> str:
+    """Return where a language model lies; of one on the hub, the name with its revision of now.
+
+    Raises:
+        ModelError: it is neither a folder nor on the hub.
+    """
+    at = locate_source("lm", name)
+    if Path(at).is_dir():
+        return at
+    load_config(at)  # says what is wrong with a name that is nobody's
+    return fingerprint("lm", at)
+
+
 def describe_source(role: Role, name: str) -> Source:
     """Return what an index records of a source; a local path holds from any working directory."""
     known = Path(name).exists() and name != EMBEDDED
@@ -57,8 +72,10 @@ def fingerprint(role: Role, name: str) -> str:
         with tempfile.TemporaryDirectory(prefix="sae-ray-") as staging:
             return plan(str(at) if name == EMBEDDED else name, staging=staging).fingerprint
     if role == "lm" and not at.is_dir():
-        # The folder of a downloaded model is named by the revision.
-        return f"{name}@{Path(hf_hub_download(name, 'config.json')).parent.name}"
+        hub = hub_arguments(name)
+        repository = hub["pretrained_model_name_or_path"]
+        config = hf_hub_download(repository, "config.json", revision=hub["revision"])
+        return f"{repository}@{Path(config).parent.name}"  # the folder is named by the revision
     if role == "lm":
         files = [f for f in sorted(at.iterdir()) if f.suffix in _LM_SUFFIXES]
         files = [f for f in files if f.name not in _LM_BESIDE]

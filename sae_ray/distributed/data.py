@@ -9,7 +9,9 @@ on with the shards that are missing.
 import dataclasses
 import json
 import logging
-from collections.abc import Collection, Iterator
+import socket
+from collections.abc import Iterator
+from pathlib import Path
 
 import ray
 import ray.data
@@ -18,14 +20,21 @@ from ray.data import ActorPoolStrategy
 from ray.exceptions import RayError
 
 from sae_ray import errors
-from sae_ray.artifacts import begin, inspect, is_finished, open_artifact
-from sae_ray.curate.build import FIT_SLICES, finish_index, read_part, write_shard
+from sae_ray.artifacts import RUN, begin, inspect, is_finished
+from sae_ray.curate.build import FIT_SLICES, finish_index, read_part, refuse_bad_pool, write_shard
 from sae_ray.curate.index import FEATURES_ONLY, KIND
-from sae_ray.curate.scorer import LatentScorer, ScorerConfig, check_pair
+from sae_ray.curate.scorer import LatentScorer, ScorerConfig, check_pair, memory_needed
 from sae_ray.curate.settings import IndexSettings
-from sae_ray.curate.sources import ROLES, describe_source, fingerprint, require_source
-from sae_ray.distributed.runtime import WORKER_ENV, Workers, cluster, plan_workers
-from sae_ray.errors import ArtifactError, ConfigError, SaeRayError, WorkError
+from sae_ray.curate.sources import ROLES, describe_source, fingerprint
+from sae_ray.distributed.progress import IndexProgress
+from sae_ray.distributed.runtime import (
+    WORKER_ENV,
+    Workers,
+    cluster,
+    plan_workers,
+    require_shared,
+)
+from sae_ray.errors import ConfigError, ModelError, SaeRayError, WorkError
 from sae_ray.pool import Plan, Slice, plan
 from sae_ray.threads import one_thread
 
@@ -41,21 +50,12 @@ _FAULTS = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Progress:
-    """How far an index is."""
-
-    shards: int
-    num_shards: int
-    rows: int
-    tokens: int
-    rejected: int
-
-
-@dataclasses.dataclass(frozen=True)
 class Work:
     """What is the same for every shard."""
 
     config: ScorerConfig
+    sae: str
+    """Fingerprint of the SAE: a worker that finds another one under its name refuses."""
     path: str
     keep_columns: tuple[str, ...]
     fit_slices: tuple[Slice, ...]
@@ -82,7 +82,7 @@ class ShardWriter:
         """Write the shards of a batch of slices; return what was counted, or what is wrong."""
         (piece,) = (Slice(**json.loads(one)) for one in batch["slice"])
         try:
-            self.scorer = self.scorer or LatentScorer.load(self.work.config)
+            self.scorer = self.scorer or self._load()
             answer = _counts(self.work.write(self.scorer, piece))
         except SaeRayError as error:
             answer = {"error": type(error).__name__, "message": str(error)}
@@ -98,8 +98,16 @@ class ShardWriter:
             }
         return {"part": [json.dumps(answer)]}
 
+    def _load(self) -> LatentScorer:
+        if fingerprint("sae", self.work.config.sae) != self.work.sae:
+            raise ModelError(
+                f"the SAE {self.work.config.sae} is another one on {socket.gethostname()} than "
+                "where the run began: give one that all machines share, or copy it to each"
+            )
+        return LatentScorer.load(self.work.config)
 
-def build_index(settings: IndexSettings, path: str) -> Iterator[Progress]:
+
+def build_index(settings: IndexSettings, path: str) -> Iterator[IndexProgress]:
     """Index a pool at `path`, yielding after every shard; a finished index costs nothing.
 
     Raises:
@@ -108,7 +116,7 @@ def build_index(settings: IndexSettings, path: str) -> Iterator[Progress]:
         WorkError: the cluster failed, or a worker at rows that it names.
     """
     if is_finished(path, KIND):
-        _require_same(settings, path, {*settings.identity(), *ROLES})
+        settings.require_same(path, {*settings.identity(), *ROLES})
         return
     config = settings.scorer_config()
     encoder = check_pair(config)
@@ -129,16 +137,18 @@ def build_index(settings: IndexSettings, path: str) -> Iterator[Progress]:
             "that column of the pool"
         )
     begin(path, KIND, recorded, {**parents, "pool": pieces.fingerprint}, sources)
-    work = Work(config, path, keep, pieces.slices[1:FIT_SLICES])
-    total = Progress(0, len(pieces.slices), 0, 0, 0)
-    for part in _write_shards(pieces, work, settings.num_workers):
-        total = Progress(
+    work = Work(config, parents["sae"], path, keep, pieces.slices[1:FIT_SLICES])
+    total = IndexProgress(0, len(pieces.slices), 0, 0, 0)
+    for part in _write_shards(pieces, work, settings.num_workers, memory_needed(config, encoder)):
+        total = IndexProgress(
             total.shards + 1,
             total.num_shards,
             total.rows + part["num_rows"],
             total.tokens + part["num_tokens"],
             total.rejected + part["num_rejected"],
         )
+        if total.rejected > settings.max_rejected * pieces.num_rows:
+            refuse_bad_pool(path, total.num_shards, pieces.num_rows, settings.max_rejected)
         yield total
     finish_index(
         path,
@@ -149,33 +159,9 @@ def build_index(settings: IndexSettings, path: str) -> Iterator[Progress]:
     )
 
 
-def ensure_index(settings: IndexSettings, path: str) -> Iterator[Progress]:
-    """Build an index where there is none; one that is there must be of what was asked for."""
-    if is_finished(path, KIND):
-        _require_same(settings, path, settings.model_fields_set)
-    else:
-        yield from build_index(settings, path)
-
-
-def _require_same(settings: IndexSettings, path: str, said: Collection[str]) -> None:
-    """Refuse a finished index of other settings or of another pool, model or SAE than was said."""
-    manifest = open_artifact(path, KIND)
-    differences = [
-        f"{name}: {manifest.config.get(name)!r} there, {value!r} here"
-        for name, value in settings.identity().items()
-        if name in said and value != manifest.config.get(name)
-    ]
-    if differences:
-        raise ArtifactError(
-            f"{path} holds an index made otherwise ({'; '.join(differences)}): give another "
-            "folder for the index, or leave these settings out"
-        )
-    for role in ROLES:
-        if role in said:
-            require_source(role, settings.source(role), manifest, path)
-
-
-def _write_shards(pieces: Plan, work: Work, num_workers: int | None) -> Iterator[dict]:
+def _write_shards(
+    pieces: Plan, work: Work, num_workers: int | None, memory_bytes: int
+) -> Iterator[dict]:
     """Yield the counts of every shard once: those already there first."""
     missing: list[Slice] = []
     for piece in pieces.slices:
@@ -194,7 +180,14 @@ def _write_shards(pieces: Plan, work: Work, num_workers: int | None) -> Iterator
             yield _counts(part)
         return
     with cluster():
-        yield from _on_ray(missing, work, plan_workers(num_workers))
+        workers = plan_workers(num_workers, memory_bytes)
+        require_shared([missing[0].path, f"{work.path}/{RUN}", *_folders(work.config)])
+        yield from _on_ray(missing, work, workers)
+
+
+def _folders(config: ScorerConfig) -> list[str]:
+    """Return where model and SAE lie, but for what is published by a name."""
+    return [path for path in (config.lm, config.sae) if Path(path).is_dir()]
 
 
 def _on_ray(missing: list[Slice], work: Work, workers: Workers) -> Iterator[dict]:
@@ -235,6 +228,7 @@ def _dataset(missing: list[Slice], work: Work, workers: Workers) -> ray.data.Dat
         ),
         num_cpus=workers.num_cpus,
         num_gpus=workers.num_gpus or None,
+        memory=workers.memory_bytes or None,
         runtime_env={"env_vars": WORKER_ENV},
         fn_constructor_kwargs={"work": work, "num_threads": workers.num_cpus},
     )

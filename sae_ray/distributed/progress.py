@@ -1,6 +1,7 @@
 """A progress line for long work: a bar on a terminal, a logged line now and then elsewhere."""
 
 import contextlib
+import dataclasses
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -8,11 +9,21 @@ from collections.abc import Callable, Iterable, Iterator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from sae_ray.distributed.data import Progress as IndexProgress
-
 logger = logging.getLogger(__name__)
 
 _LOG_EVERY_S = 15
+
+
+@dataclasses.dataclass(frozen=True)
+class IndexProgress:
+    """How far an index is."""
+
+    shards: int
+    num_shards: int
+    rows: int
+    tokens: int
+    rejected: int
+
 
 Report = Callable[[str, int, int, str], None]
 """Takes what is being done, how much of it, of how much, and what else there is to say."""

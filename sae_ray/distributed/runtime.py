@@ -5,13 +5,17 @@ import dataclasses
 import logging
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import ray
+from fsspec.implementations.local import LocalFileSystem
+from joblib import cpu_count  # heeds affinity and control groups, as os.cpu_count does not
 from ray.data import DataContext
 from ray.exceptions import AuthenticationError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from sae_ray.artifacts import locate
 from sae_ray.errors import ConfigError
 
 _OBJECT_STORE_BYTES = 256 << 20
@@ -31,6 +35,8 @@ class Workers:
     count: int
     num_cpus: int
     num_gpus: int
+    memory_bytes: int = 0
+    """Of the machine's memory, for each; 0 where it is not known."""
 
 
 @contextlib.contextmanager
@@ -43,7 +49,7 @@ def cluster() -> Iterator[None]:
     if address == "local":
         ray.init(
             address="local",
-            num_cpus=max(_MIN_LOGICAL_CPUS, os.cpu_count() or 1),
+            num_cpus=max(_MIN_LOGICAL_CPUS, cpu_count()),
             include_dashboard=False,
             object_store_memory=_OBJECT_STORE_BYTES,
             logging_level=logging.ERROR,
@@ -94,15 +100,62 @@ def _keep_token_private() -> None:
         token.chmod(0o600)
 
 
-def plan_workers(num_workers: int | None) -> Workers:
-    """Give each worker a GPU where there are any, else a core."""
-    resources = ray.cluster_resources()
-    gpus = int(resources.get("GPU", 0))
-    if gpus:
-        return Workers(num_workers or gpus, num_cpus=1, num_gpus=1)
-    if num_workers is None:
+def plan_workers(num_workers: int | None, memory_bytes: int = 0) -> Workers:
+    """Give each worker a GPU where there are any, else a core; no more than memory holds.
+
+    Args:
+        num_workers: how many; as many as there is room for, if not given.
+        memory_bytes: what each takes of its machine's memory.
+
+    Raises:
+        ConfigError: memory does not hold so many, or not one.
+    """
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    unit = "GPU" if any(node.get("GPU") for node in nodes) else "CPU"
+    places = [int(node.get(unit, 0)) for node in nodes]
+    if unit == "CPU" and len(nodes) == 1:
         # On this machine Ray is told of more CPUs than there are cores; count those.
-        nodes = [node for node in ray.nodes() if node["Alive"]]
-        cores = int(resources.get("CPU", 1))
-        num_workers = min(cores, os.cpu_count() or 1) if len(nodes) == 1 else cores
-    return Workers(max(1, num_workers), num_cpus=1, num_gpus=0)
+        places = [min(places[0], cpu_count())]
+    fit = [
+        int(node.get("memory", 0) // memory_bytes) if memory_bytes else n
+        for node, n in zip(nodes, places, strict=True)
+    ]
+    count = num_workers or max(1, sum(map(min, places, fit)))
+    if memory_bytes and count > sum(fit):
+        most = max(node.get("memory", 0) for node in nodes)
+        raise ConfigError(
+            f"{count} workers of {memory_bytes / 2**30:.1f} GiB are asked for and memory holds "
+            f"{sum(fit)} (the machine with the most has {most / 2**30:.1f} GiB to give): give "
+            "--num_workers as many, or take machines with more memory or a smaller model"
+        )
+    return Workers(count, num_cpus=1, num_gpus=int(unit == "GPU"), memory_bytes=memory_bytes)
+
+
+def require_shared(paths: Sequence[str]) -> None:
+    """Refuse local paths that some machine of the cluster does not see, before any work.
+
+    Raises:
+        ConfigError: a path is not there on one of them.
+    """
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    local = [path for path in paths if isinstance(locate(path)[0], LocalFileSystem)]
+    if len(nodes) < 2 or not local:
+        return
+    look = ray.remote(num_cpus=0, max_retries=1)(_unseen)
+    asked = [
+        look.options(
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        ).remote(local)
+        for node in nodes
+    ]
+    for node, unseen in zip(nodes, ray.get(asked), strict=True):
+        if unseen:
+            raise ConfigError(
+                f"{unseen[0]} is not there on {node['NodeManagerAddress']}, one of the cluster's "
+                f"{len(nodes)} machines: put it in a folder that all of them share, or on a store "
+                "that all reach (s3://...)"
+            )
+
+
+def _unseen(paths: Sequence[str]) -> list[str]:
+    return [path for path in paths if not Path(locate(path)[1]).exists()]

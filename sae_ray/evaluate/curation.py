@@ -108,9 +108,11 @@ class ResidentIndex(FeatureIndex):
         super().__init__(path)
         self._resident = list(super().blocks(means_only=True))
 
-    def blocks(self, *, means_only: bool = False) -> Iterator[IndexBlock]:
+    def blocks(
+        self, *, means_only: bool = False, only: Bool[np.ndarray, " d_sae"] | None = None
+    ) -> Iterator[IndexBlock]:
         """Return all rows again, from memory where means are enough."""
-        yield from self._resident if means_only else super().blocks()
+        yield from self._resident if means_only else super().blocks(only=only)
 
 
 def read_descriptions(text: str, part: str = "domains") -> list[Description]:

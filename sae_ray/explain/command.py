@@ -35,7 +35,7 @@ def next_flags(request: Request, index: str, out: str) -> dict[str, str | bool |
         "budget_examples": str(request.budget_examples),
     }
     asked = request.model_dump(exclude={*flags, "keep", "drop"}, exclude_defaults=True)
-    if request.pseudo_url is not None and request.pseudo_queries is None:
+    if request.pseudo_url is not None:
         asked["pseudo_queries"] = f"{out}/pseudo_queries.jsonl"
         del asked["pseudo_url"], asked["pseudo_model"]
     return flags | {n: v if isinstance(v, tuple) else str(v) for n, v in asked.items()}

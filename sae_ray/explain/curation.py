@@ -50,7 +50,7 @@ from sae_ray.curate.sources import locate_source
 from sae_ray.errors import ConfigError, ModelError, PoolError
 from sae_ray.explain.command import Flags, next_flags, next_folder
 from sae_ray.explain.page import fill_page
-from sae_ray.explain.report import Refine, render
+from sae_ray.explain.report import ROWS_IN_FULL, Refine, render
 from sae_ray.pool import plan, read
 from sae_ray.sae.labels import read_labels
 from sae_ray.threads import one_thread
@@ -58,6 +58,9 @@ from sae_ray.threads import one_thread
 logger = logging.getLogger(__name__)
 
 KIND = "selection"
+
+LIGHT_BYTES = 2**30
+"""Weights up to which a CPU reads a whole selection again in seconds to minutes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,7 +177,7 @@ class Curator:
         outcome = self.answer(request)
         # Claimed only now: a request that is refused leaves its folder to the one put right.
         begin(path, KIND, asked, parents)
-        rows = self._explained(outcome)
+        rows = self._explained(request, outcome)
         write_selection(path, rows)
         write_atomically(f"{path}/profile.json", outcome.profile.to_json().encode())
         copy_rejected(self.index, path)
@@ -189,6 +192,7 @@ class Curator:
         write_atomically(f"{path}/report.html", render(report).encode("utf-8", "replace"))
         counts: dict[str, JsonValue] = {
             "num_rows": len(rows),
+            "num_rows_with_tokens": self._num_traced(request, len(rows)),
             "num_tokens": int(outcome.selection.n_tokens.sum()),
             "num_rejected": self.index.manifest.extra["num_rejected"],
             "abstained": outcome.profile.abstained,
@@ -202,7 +206,7 @@ class Curator:
     def to_judge(self, outcome: Outcome, seen: Collection[int] = ()) -> list[SelectedRow]:
         """Return about 20 rows for a person to keep or drop, none of those seen before."""
         rows = rows_to_show(self.index, outcome.profile, outcome.scores, seen=seen)
-        block = self.index.take(rows)
+        block = self.index.take(rows, means_only=True)
         reasons = contributions(block, outcome.profile, self.index.stats.on_threshold)
         scores = outcome.scores.total[rows].tolist()
         return explain_rows(self.index, rows.tolist(), scores, reasons, self.labels)
@@ -219,11 +223,24 @@ class Curator:
             **files,
         }
 
-    def _explained(self, outcome: Outcome) -> list[SelectedRow]:
+    def _explained(self, request: Request, outcome: Outcome) -> list[SelectedRow]:
         chosen = outcome.selection
         return explain_rows(
-            self.index, chosen.rows.tolist(), chosen.scores.tolist(), chosen.reasons, self.labels
+            self.index,
+            chosen.rows.tolist(),
+            chosen.scores.tolist(),
+            chosen.reasons,
+            self.labels,
+            self._num_traced(request, len(chosen.rows)),
         )
+
+    def _num_traced(self, request: Request, num_rows: int) -> int:
+        lm = self.index.scorer.lm
+        most = request.explain_rows
+        if most is None:
+            num_bytes = sum(weight.nbytes for weight in lm.model.parameters())
+            most = num_rows if lm.device.type != "cpu" or num_bytes <= LIGHT_BYTES else ROWS_IN_FULL
+        return min(most, num_rows)
 
     def _score(self, conversations: list[Conversation]) -> IndexBlock | None:
         """Read conversations from outside the pool; every one counts."""
@@ -240,6 +257,12 @@ class Curator:
     def _pseudo_queries(self, request: Request) -> list[Conversation]:
         """Read what a model wrote, or ask it; the same is asked once, whatever the round."""
         if request.pseudo_queries is not None:
+            if request.pseudo_url is not None or request.pseudo_model is not None:
+                raise ConfigError(
+                    f"pseudo_queries={request.pseudo_queries!r} is given with pseudo_url or "
+                    "pseudo_model: the conversations come from a file or from an endpoint; leave "
+                    "one of them out"
+                )
             return read_pseudo_queries(request.pseudo_queries)
         if (request.pseudo_url is None) != (request.pseudo_model is None):
             raise ConfigError("pseudo_url and pseudo_model go together: give both, or neither")

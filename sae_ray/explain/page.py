@@ -77,7 +77,7 @@ class _Page:
 
     def explain(self, rows: Sequence[int]) -> list[ShownRow]:
         """Show rows that are not ranked, with the latents that speak for them."""
-        block = self.index.take(rows)
+        block = self.index.take(rows, means_only=True)
         reasons = contributions(block, self.outcome.profile, self.thresholds)
         scores = self.outcome.scores.total[np.asarray(rows, dtype=np.int64)].tolist()
         explained = explain_rows(self.index, rows, scores, reasons, self.labels)
@@ -205,9 +205,10 @@ def fill_page(
             kept=request.keep,
             dropped=request.drop,
         ),
+        carried=_carried(outcome),
         columns={name: shares(column, chosen) for name, column in page.columns.items()},
         near_copies=page.near_copies(),
-        notices=_notices(index, request, outcome),
+        notices=_notices(index, request, outcome, rows),
         provenance={
             "index": index.manifest.content_hash,
             "pool": index.source("pool"),
@@ -222,12 +223,20 @@ def fill_page(
     )
 
 
+def _carried(outcome: "Outcome") -> dict[str, float]:
+    names = {"latents": "latents", "hidden": "the mean hidden state", "lexical": "the words"}
+    carried = outcome.scores.carried(outcome.selection.rows)
+    return {names[name]: share for name, share in carried.items() if name in names}
+
+
 def _budget(request: Request) -> str:
     text = f"{request.budget_examples:,} examples"
     return text + (f", {request.budget_tokens:,} tokens" if request.budget_tokens else "")
 
 
-def _notices(index: FeatureIndex, request: Request, outcome: "Outcome") -> list[Notice]:
+def _notices(
+    index: FeatureIndex, request: Request, outcome: "Outcome", rows: Sequence[SelectedRow]
+) -> list[Notice]:
     notices = [Notice("stop", "Unsure", text) for text in outcome.profile.why]
     notices += [
         Notice("caution", "Look twice", text)
@@ -248,6 +257,9 @@ def _notices(index: FeatureIndex, request: Request, outcome: "Outcome") -> list[
                 "note", "Truncated rows", f"{truncated} rows are longer than what was read of them"
             )
         )
+    if unread := sum(not row.trace.texts for row in rows):
+        text = f"{unread} of the rows chosen were not read again, so their reasons name no tokens"
+        notices.append(Notice("note", "Unread rows", f"{text}: --explain_rows {len(rows)} does"))
     if gave_way := outcome.selection.num_over_quota:
         text = f"{gave_way} rows gave way, so that no {request.quota_column} has over "
         notices.append(Notice("note", "Quota", f"{text}{request.quota:.0%} of the selection"))

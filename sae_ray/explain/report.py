@@ -175,6 +175,8 @@ class CurationReport:
     prompt_tokens: Histogram
     response_tokens: Histogram
     refine: Refine
+    carried: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    """Share of each part of the score in what lifts the selection above the pool, by name."""
     columns: Mapping[str, Sequence[Share]] = dataclasses.field(default_factory=dict)
     """The pool's columns that were kept for display, such as `source`, by value."""
     near_copies: NearCopies | None = None

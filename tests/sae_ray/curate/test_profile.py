@@ -60,14 +60,6 @@ def test_shuffled_weights_find_nothing(planted: Planted, profile: Profile) -> No
     assert planted.recall("baking", score_pool(planted.index, shuffled, "latents").total) < 0.25
 
 
-def test_taking_length_out_makes_scores_blind_to_it(planted: Planted) -> None:
-    profile = build_profile(TASK, planted.index, settings=UNPRUNED)
-    plain = score_pool(planted.index, profile, "sum_topk")
-    neutral = score_pool(planted.index, profile, "sum_topk", length_neutral=True)
-    assert plain.length_correlation > 0.5
-    assert abs(neutral.length_correlation) < 0.1
-
-
 def test_every_scorer_finds_the_task(planted: Planted, profile: Profile) -> None:
     for scorer in ("latents", "hidden", "jaccard", "max", "cosine"):
         found = planted.recall("baking", score_pool(planted.index, profile, scorer).total)

@@ -4,13 +4,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.testing import assert_array_equal
+from safetensors.torch import load_file, save_file
 
 from sae_ray import tiny
+from sae_ray.artifacts import content_hash
 from sae_ray.curate import sources
-from sae_ray.curate.index import FeatureIndex
+from sae_ray.curate.index import KIND, FeatureIndex
 from sae_ray.curate.settings import IndexSettings
 from sae_ray.curate.sources import EMBEDDED, Role, describe_source, fingerprint, locate_source
-from sae_ray.distributed.data import build_index, ensure_index
+from sae_ray.distributed.data import build_index
+from sae_ray.distributed.indexes import ensure_index
 from sae_ray.errors import ArtifactError
 
 MODELS: tuple[Role, ...] = ("lm", "sae")
@@ -126,3 +130,33 @@ def test_a_model_of_the_hub_is_known_by_its_revision(
     (cache / "refs" / "main").write_text("c3d4")
     assert fingerprint("lm", "someone/tiny") == "someone/tiny@c3d4"
     assert describe_source("lm", "someone/tiny").stamp is None
+
+
+def test_a_model_of_the_hub_is_read_at_the_revision_that_began(
+    tiny_settings: IndexSettings, tmp_path: Path
+) -> None:
+    old, new = "a" * 40, "b" * 40
+    cache = Path(os.environ["HF_HOME"]) / "hub" / "models--someone--moving"
+    for revision in (old, new):
+        shutil.copytree(str(tiny_settings.lm), cache / "snapshots" / revision)
+    weights = cache / "snapshots" / new / "model.safetensors"
+    changed = {name: 2 * tensor for name, tensor in load_file(weights).items()}
+    save_file(changed, weights, metadata={"format": "pt"})
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text(old)
+    path = str(tmp_path / "index")
+    steps = build_index(tiny_settings.model_copy(update={"lm": "someone/moving"}), path)
+    next(steps)
+    (cache / "refs" / "main").write_text(new)  # while the index is being made
+    list(steps)
+    index = FeatureIndex(path)
+    assert index.scorer.config.lm == f"someone/moving@{old}"
+    here = str(tmp_path / "here")
+    list(build_index(tiny_settings, here))
+    assert content_hash(path, KIND) == content_hash(here, KIND)
+    text = "Write songs for the piano"
+    alike = FeatureIndex(here).describe(text).hidden
+    assert_array_equal(index.describe(text).hidden, alike)
+    # A name may hold a revision itself.
+    given = tiny_settings.model_copy(update={"lm": f"someone/moving@{old}"})
+    assert given.scorer_config().lm == f"someone/moving@{old}"

@@ -1,4 +1,6 @@
 import copy
+import dataclasses
+import json
 import shutil
 from pathlib import Path
 
@@ -9,9 +11,11 @@ from sae_ray.artifacts import content_hash, read_file
 from sae_ray.curate.index import KIND, FeatureIndex
 from sae_ray.curate.request import Request
 from sae_ray.curate.settings import IndexSettings
-from sae_ray.distributed.data import build_index
-from sae_ray.errors import ModelError, WorkError
+from sae_ray.curate.sources import fingerprint
+from sae_ray.distributed.data import ShardWriter, Work, build_index
+from sae_ray.errors import ConfigError, ModelError, WorkError
 from sae_ray.explain.curation import Curator
+from sae_ray.pool import plan
 
 
 def built(settings: IndexSettings, path: str, num_workers: int) -> tuple[str, bytes]:
@@ -63,3 +67,29 @@ def test_a_fault_in_a_worker_is_told_at_once_with_its_rows(
     wrong = tiny_settings.model_copy(update={"lm": str(lm), "num_workers": 1})
     with pytest.raises(WorkError, match=r"shard \d \(rows \d+ to \d+ of the pool\).*IndexError"):
         list(build_index(wrong, str(tmp_path / "index")))
+
+
+def test_a_worker_with_another_sae_under_the_same_name_refuses(
+    tiny_settings: IndexSettings, tiny_sae: Path, tmp_path: Path
+) -> None:
+    config = tiny_settings.scorer_config()
+    work = Work(config, fingerprint("sae", str(tiny_sae)), str(tmp_path / "index"), (), ())
+    batch = {"slice": [json.dumps(dataclasses.asdict(plan(str(tiny_settings.pool)).slices[0]))]}
+    settings = json.loads((tiny_sae / "cfg.json").read_text())
+    (tiny_sae / "cfg.json").write_text(json.dumps(settings | {"note": "another"}))
+    (refused,) = ShardWriter(work, 1)(batch)["part"]
+    assert json.loads(refused)["error"] == "ModelError"
+    assert "another one on" in json.loads(refused)["message"]
+    (tiny_sae / "cfg.json").write_text(json.dumps(settings))
+    right = dataclasses.replace(work, sae=fingerprint("sae", str(tiny_sae)))
+    (written,) = ShardWriter(right, 1)(batch)["part"]
+    assert json.loads(written)["num_rows"] == 60
+
+
+def test_workers_that_memory_does_not_hold_are_refused(
+    tiny_settings: IndexSettings, tmp_path: Path, ray_cluster: None
+) -> None:
+    path = tmp_path / "index"
+    with pytest.raises(ConfigError, match=r"1000 workers of 1\.\d GiB are asked for and memory"):
+        list(build_index(tiny_settings.model_copy(update={"num_workers": 1000}), str(path)))
+    assert not (path / "shards").exists()

@@ -75,6 +75,7 @@ REQUESTS = [
         selector="round_robin",
         quota_column="-source",
         quota=0.125,
+        explain_rows=40,
     ),
     Request(task="Do it", evaluation=("-e",), quota=1.0, quota_column="none of these"),
 ]

@@ -54,6 +54,61 @@ def test_columns_that_the_user_named_are_shown_beside_the_selection(
     assert manifest.extra["num_over_quota"] == 0
 
 
+def test_the_page_says_what_share_of_the_score_each_part_carries(
+    curator: Curator, tmp_path: Path
+) -> None:
+    asked = Request(task=TASK, budget_examples=10)
+    outcome = curator.answer(asked)
+    rows, scores = outcome.selection.rows, outcome.scores
+    lifts = {name: max(float(part[rows].mean()), 0.0) for name, part in scores.parts.items()}
+    assert set(lifts) == {"latents", "hidden", "lexical"}
+    assert sum(part[rows].mean() for part in scores.parts.values()) == pytest.approx(
+        float(scores.total[rows].mean()), abs=1e-4
+    )
+    curator.curate(asked, str(tmp_path / "out"))
+    said = re.search(
+        r"What lifts the selection above the pool: latents ([\d.]+) %, the mean hidden state "
+        r"([\d.]+) %, the words ([\d.]+) %",
+        text_of(tmp_path / "out/report.html"),
+    )
+    assert said
+    for share, name in zip(said.groups(), ("latents", "hidden", "lexical"), strict=True):
+        assert float(share) == pytest.approx(100 * lifts[name] / sum(lifts.values()), abs=0.5)
+
+
+def tokens_named(out: Path) -> list[bool]:
+    """Return for each row of a selection whether its reasons name tokens."""
+    rows = pq.read_table(out / "selection.parquet")["reasons"].to_pylist()
+    return [any(reason["tokens"] for reason in reasons) for reasons in rows]
+
+
+def test_a_large_model_reads_again_what_the_page_shows_in_full_and_more_if_asked(
+    curator: Curator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = Request(task=TASK, budget_examples=30)
+    curator.curate(asked, str(tmp_path / "small"))
+    assert tokens_named(tmp_path / "small") == [True] * 30
+    assert "were not read again" not in text_of(tmp_path / "small/report.html")
+    monkeypatch.setattr("sae_ray.explain.curation.LIGHT_BYTES", 0)
+    manifest = curator.curate(asked, str(tmp_path / "large"))
+    assert tokens_named(tmp_path / "large") == [True] * 12 + [False] * 18
+    assert manifest.extra["num_rows_with_tokens"] == 12
+    shown = text_of(tmp_path / "large/report.html")
+    assert "18 of the rows chosen were not read again" in shown
+    assert "--explain_rows 30" in shown
+    more = asked.model_copy(update={"explain_rows": 20})
+    curator.curate(more, str(tmp_path / "more"))
+    assert tokens_named(tmp_path / "more") == [True] * 20 + [False] * 10
+    # Which rows, in which order and why does not depend on it.
+    small, large = (
+        pq.read_table(tmp_path / name / "selection.parquet").to_pylist()
+        for name in ("small", "large")
+    )
+    for row in (*small, *large):
+        row["reasons"] = [(one["latent"], one["weight"]) for one in row["reasons"]]
+    assert small == large
+
+
 def test_near_copies_are_passed_over_and_counted(curator: Curator, tmp_path: Path) -> None:
     manifest = curator.curate(Request(task=TASK, budget_examples=40), str(tmp_path / "out"))
     passed = manifest.extra["num_near_duplicates"]
@@ -165,6 +220,19 @@ def test_what_can_be_refused_at_once_asks_nothing_of_an_endpoint(
 def test_half_of_an_endpoint_is_refused(curator: Curator) -> None:
     with pytest.raises(ConfigError, match="pseudo_url and pseudo_model go together"):
         curator.answer(Request(task=TASK, pseudo_model="m", budget_examples=5))
+
+
+def test_pseudo_queries_come_from_a_file_or_an_endpoint_and_not_from_both(
+    curator: Curator, tmp_path: Path
+) -> None:
+    file = tmp_path / "written.txt"
+    file.write_text("Write a song for the piano\n")
+    with serve() as endpoint:
+        for also in ({"pseudo_url": endpoint.url, "pseudo_model": "m"}, {"pseudo_model": "m"}):
+            asked = Request(task=TASK, budget_examples=5, pseudo_queries=str(file), **also)
+            with pytest.raises(ConfigError, match=r"pseudo_queries='.*leave one of them out"):
+                curator.answer(asked)
+        assert endpoint.asked == []
 
 
 def test_an_evaluation_file_with_a_bad_row_is_refused(curator: Curator, tmp_path: Path) -> None:
