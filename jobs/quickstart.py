@@ -13,8 +13,8 @@ from sae_ray.curate.index import FeatureIndex
 from sae_ray.curate.output import preview, write_random
 from sae_ray.curate.request import Request, Task
 from sae_ray.curate.settings import IndexSettings
-from sae_ray.distributed.indexes import ensure_index
 from sae_ray.distributed.expert import ExpertMaker
+from sae_ray.distributed.indexes import ensure_index
 from sae_ray.distributed.progress import follow, watch
 from sae_ray.evaluate.exam import examine, tabulate
 from sae_ray.experts.registry import ExpertRegistry

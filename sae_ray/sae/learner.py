@@ -151,6 +151,7 @@ class Learner:
         sae.cfg.metadata = SAEMetadata(hook_name=str(self.spec.hook_point), **metadata)
         if self.spec.hook_point.site == "z":
             sae.cfg.reshape_activations = "hook_z"
+        sae.cfg.device = "cpu"  # where it is loaded is not where it was trained
         sae.save_inference_model(folder)
 
     @property
