@@ -27,7 +27,6 @@ QUICK: dict[Part, str] = {
     "train_speed": "--rows 100 --steps 1 --rounds 1 --quality_steps 10 --batch_tokens 512",
     "fast_claim": "--steps 5 --batch_tokens 512 --seeds 2 --d_sae 128 --held_out 30 --max_slices 1",
 }
-WORKS_IN_FOLDER = ("memory", "retarget", "quality")
 
 
 class Config(JobConfig):
@@ -56,14 +55,13 @@ class Config(JobConfig):
 def main(config: Config) -> int:
     """Run the parts one after the other and print their figures as one table."""
     out = Path(config.out)
-    inputs = {"pool": config.pool, "lm": config.lm, "sae": config.sae}
     table = Table("part", "figure", "value", "target", "")
     failed, results = 0, dict[str, object]()
     for part in config.parts:
         command = [sys.executable, str(BENCHMARKS / f"{part}.py"), f"--out={out / part}.json"]
-        inputs["sae"] = None if part in TRAINING else config.sae
-        command += [word for name, path in inputs.items() if path for word in (f"--{name}", path)]
-        command += ["--work", str(out / "work")] if part in WORKS_IN_FOLDER else []
+        inputs = {"pool": config.pool, "lm": config.lm, "sae": part not in TRAINING and config.sae}
+        command += [f"--{name}={path}" for name, path in inputs.items() if path]
+        command += [f"--work={out / 'work'}"] * (part in ("memory", "retarget", "quality"))
         command += QUICK[part].split() if config.quick else []
         failed += subprocess.run(command, check=False).returncode != 0
     for part in (name for name in QUICK if (out / f"{name}.json").exists()):
