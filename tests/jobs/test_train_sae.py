@@ -112,7 +112,7 @@ def test_a_killed_run_ends_at_the_weights_of_an_unbroken_one(line, tmp_path: Pat
 
 def test_without_flags_it_trains_for_the_embedded_model(tmp_path: Path, capsys) -> None:
     config = JOB.parent / "configs/smoke/train_sae.yaml"
-    small = ["--num_tokens=8192", "--splice=false", "--eval_conversations=20"]
+    small = ["--num_tokens=8192", "--no-splice", "--eval_conversations=20"]
     assert run(f"--config={config}", *small, f"--out={tmp_path / 'out'}") == 0
     assert "2 SAEs trained on 8,192 tokens; 0 of " in capsys.readouterr().out
 
