@@ -1,6 +1,7 @@
 """Trackers: curves arrive in TensorBoard, and one that fails never stops a training."""
 
 import logging
+import time
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,11 @@ def test_figures_arrive_in_tensorboard(tmp_path: Path) -> None:
     tracked = Trackers(["tensorboard"], str(tmp_path / "run"))
     tracked.log({"a/loss": 1.5}, 3)
     (file,) = (tmp_path / "run-tensorboard").glob("events*")
-    content = file.read_bytes()
-    assert b"a/loss" in content
+    # tensorboardX writes in a thread of its own.
+    until = time.monotonic() + 60
+    while b"a/loss" not in (content := file.read_bytes()):
+        assert time.monotonic() < until
+        time.sleep(0.05)
     size = int.from_bytes(content[:8], "little")
     assert Event.FromString(content[12 : 12 + size]).file_version == "brain.Event:2"
 
