@@ -79,7 +79,7 @@ def test_two_workers_have_the_gradients_of_one_with_twice_the_batch(tmp_path: Pa
     for rank in range(2):
         shared = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         for mine, theirs in zip(shared, whole, strict=True):
-            # sae-lens keeps some thresholds in fp32 whatever the SAE is in.
+            # The threshold of JumpReLU stays in fp32, whatever the rest is in.
             tolerance = 1e-9 if theirs.dtype == torch.float64 else 1e-5
             error = (mine - theirs).abs().max()
             assert error <= tolerance * max(1, theirs.abs().max()), (mine.dtype, mine.shape)
