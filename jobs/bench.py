@@ -13,7 +13,10 @@ from rich.table import Table
 from sae_ray.config import JobConfig, OutputPath, run_job
 
 BENCHMARKS = Path(__file__).parents[1] / "tests" / "benchmarks"
-Part = Literal["speed", "overhead", "memory", "retarget", "agreement", "quality"]
+Part = Literal[
+    "speed", "overhead", "memory", "retarget", "agreement", "quality", "train_speed", "fast_claim"
+]
+TRAINING: list[Part] = ["train_speed", "fast_claim"]
 QUICK: dict[Part, str] = {
     "speed": "--rows 200 --tune_rows 32 --repeats 2",
     "overhead": "--rows 2000 --rows_per_shard 200 --repeats 1",
@@ -21,20 +24,21 @@ QUICK: dict[Part, str] = {
     "retarget": "--size 2000 --repeats 2",
     "agreement": "--rows 100 --index_rows 2000",
     "quality": "--rows 6000 --splits report",
+    "train_speed": "--rows 100 --steps 1 --rounds 1 --quality_steps 10 --batch_tokens 512",
+    "fast_claim": "--steps 5 --batch_tokens 512 --seeds 2 --d_sae 128 --held_out 30 --max_slices 1",
 }
-WORKS_IN_FOLDER = ("memory", "retarget", "quality")
 
 
 class Config(JobConfig):
-    """Measure curation: speed, Ray's overhead, memory, re-targeting, agreement, quality.
+    """Measure curation (speed, overhead, memory, agreement, quality) or the training of SAEs.
 
-    python jobs/bench.py curate --out runs/bench
     python jobs/bench.py curate --out runs/bench --parts speed,agreement
+    python jobs/bench.py train_sae --out runs/bench
 
     Give the machine nothing else to do. The table shows every part measured into that folder.
     """
 
-    parts: list[Part] = ["speed", "overhead", "memory", "retarget", "agreement", "quality"]
+    parts: list[Part] = [one for one in QUICK if one not in TRAINING]
     """What to measure."""
     pool: str | None = None
     """Parquet file. Default: the real pool that lies beside the project, else the embedded one."""
@@ -51,19 +55,13 @@ class Config(JobConfig):
 def main(config: Config) -> int:
     """Run the parts one after the other and print their figures as one table."""
     out = Path(config.out)
-    inputs = {"pool": config.pool, "lm": config.lm, "sae": config.sae}
     table = Table("part", "figure", "value", "target", "")
-    results: dict[str, object] = {}
-    failed = 0
+    failed, results = 0, dict[str, object]()
     for part in config.parts:
-        command = [
-            sys.executable,
-            str(BENCHMARKS / f"{part}.py"),
-            "--out",
-            str(out / f"{part}.json"),
-        ]
-        command += [word for name, path in inputs.items() if path for word in (f"--{name}", path)]
-        command += ["--work", str(out / "work")] if part in WORKS_IN_FOLDER else []
+        command = [sys.executable, str(BENCHMARKS / f"{part}.py"), f"--out={out / part}.json"]
+        inputs = {"pool": config.pool, "lm": config.lm, "sae": part not in TRAINING and config.sae}
+        command += [f"--{name}={path}" for name, path in inputs.items() if path]
+        command += [f"--work={out / 'work'}"] * (part in ("memory", "retarget", "quality"))
         command += QUICK[part].split() if config.quick else []
         failed += subprocess.run(command, check=False).returncode != 0
     for part in (name for name in QUICK if (out / f"{name}.json").exists()):
@@ -76,5 +74,7 @@ def main(config: Config) -> int:
 
 
 if __name__ == "__main__":
-    suite = sys.argv[1:2] == ["curate"]
-    sys.exit(run_job(main, Config, sys.argv[2:] if suite else None))
+    suite = sys.argv[1] if sys.argv[1:2] in (["curate"], ["train_sae"]) else ""
+    named = suite == "curate" or any(word.startswith("--parts") for word in sys.argv)
+    chosen = [] if named else [f"--parts={','.join(TRAINING)}"]
+    sys.exit(run_job(main, Config, [*chosen, *sys.argv[2:]] if suite else None))

@@ -107,6 +107,8 @@ def _on_ray(task: Task, path: str, model_name: str) -> Iterator[Step]:
             f"with: {str(lost[0]).strip().splitlines()[-1]}; see that machines answer and have the "
             "memory, then run the same line again: it goes on from the last checkpoint"
         ) from lost[0]
+    if not outcome:
+        raise WorkError(f"the run in {path} could not be started: its error is in the log above")
     kind, _, message = outcome[0].partition(": ")
     if kind:
         raise getattr(errors, kind)(message)

@@ -126,7 +126,7 @@ def examples(
     )
     alive = (latents > 0).any(dim=0).nonzero().squeeze(1).numpy()
     chosen = np.random.default_rng(0).permutation(alive)[:_NUM_LATENTS]
-    ids = np.concatenate([one[:, TOKEN] for one in lanes])
+    ids: list[int] = np.concatenate([one[:, TOKEN] for one in lanes]).tolist()
     ends = np.cumsum([len(one) for one in lanes])
     texts = TokenTexts(tokenizer)
     found: list[Example] = []
@@ -144,7 +144,7 @@ def examples(
 def _context(
     latent: int,
     at: int,
-    ids: np.ndarray,
+    ids: Sequence[int],
     values: np.ndarray,
     ends: np.ndarray,
     texts: TokenTexts,
@@ -164,4 +164,4 @@ def _context(
 
 
 def _text(texts: TokenTexts, id: int) -> str:
-    return texts[int(id)].replace("\n", "⏎")
+    return texts[id].replace("\n", "⏎")

@@ -220,7 +220,7 @@ class Part:
                     training_tokens=self.trainer.num_tokens,
                     dataset_path=settings.data or "embedded",
                 )
-            for file in sorted(Path(folder).rglob("*.*")):
+            for file in sorted(one for one in Path(folder).rglob("*") if one.is_file()):
                 write_atomically(f"{path}/{file.relative_to(folder)}", file.read_bytes())
         found = {
             "curves": self.curves,

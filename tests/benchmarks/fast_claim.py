@@ -62,7 +62,7 @@ ROWS_PER_SHARD = 512
 
 def read_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder for fast_claim.json")
+    parser.add_argument("--out", type=Path, required=True, help="a folder, or a .json file")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--lm", type=Path, default=tiny.lm_path())
     parser.add_argument("--pool", default=str(tiny.pool_path()), help="conversations")
@@ -209,6 +209,13 @@ def ratios(records: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
             }
 
 
+def table_row(row: dict[str, Any]) -> tuple[str, str, str, str]:
+    """Lay a ratio out as the other benchmarks do theirs."""
+    name = f"{row['architecture']}: fast over {row['over']}, {row['part']}, L0 {row['l0']:.0f}"
+    span = f"{row['ratio']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
+    return name, span, "", "" if row["paper"] is None else f"paper, at any L0: {row['paper']:.3f}"
+
+
 def show(rows: list[dict[str, Any]], records: list[dict[str, Any]]) -> None:
     print(f"\n{'SAE':9} {'fast over':12} {'tokens':19} {'L0':>6}  ratio of MSE [95 %]   paper")
     for row in rows:
@@ -225,7 +232,9 @@ def show(rows: list[dict[str, Any]], records: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     arguments = read_arguments()
-    arguments.out.mkdir(parents=True, exist_ok=True)
+    given: Path = arguments.out
+    out = given if given.suffix == ".json" else given / "fast_claim.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     experiment = Experiment(arguments)
     records: list[dict[str, Any]] = []
@@ -242,9 +251,10 @@ def main() -> None:
             "seconds": time.perf_counter() - started,
             "held_out_conversations": len(experiment.held_out),
             "ratios": rows,
+            "rows": [table_row(row) for row in rows],
             "saes": records,
         }
-        (arguments.out / "fast_claim.json").write_text(json.dumps(report, indent=1) + "\n")
+        out.write_text(json.dumps(report, indent=1) + "\n")
         l0s = ", ".join(f"{one['l0']:.0f}" for one in records[-len(experiment.specs(0)) :])
         print(f"{report['seconds']:6.0f} s: {regime}, seed {seed}: L0 {l0s}", flush=True)
     show(rows, records)

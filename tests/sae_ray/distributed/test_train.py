@@ -50,6 +50,7 @@ def gradients(rows: slice, reduce: Callable | None) -> list[torch.Tensor]:
     shared: list[torch.Tensor] = []
     for learner in trainer.learners.values():
         learner.sae.double()
+        learner.sae.dtype = torch.float64
         tally = learner.gradients(batch(rows).activations[POINT], 5)
         # The variance of a batch is about that batch's own mean.
         tally.figures[2] = 0
@@ -78,7 +79,10 @@ def test_two_workers_have_the_gradients_of_one_with_twice_the_batch(tmp_path: Pa
     for rank in range(2):
         shared = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         for mine, theirs in zip(shared, whole, strict=True):
-            torch.testing.assert_close(mine, theirs, atol=1e-9, rtol=1e-9)
+            # The threshold of JumpReLU stays in fp32, whatever the rest is in.
+            tolerance = 1e-9 if theirs.dtype == torch.float64 else 1e-5
+            error = (mine - theirs).abs().max()
+            assert error <= tolerance * max(1, theirs.abs().max()), (mine.dtype, mine.shape)
     halves = [gradients(slice(begin, begin + 32), None) for begin in (0, 32)]
     assert any((a - b).abs().max() > 1e-3 for a, b in zip(*halves, strict=True))
 

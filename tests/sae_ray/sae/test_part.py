@@ -66,12 +66,11 @@ def test_a_part_that_was_stopped_ends_at_the_same_weights(task: Task, tmp_path: 
         assert torch.equal(mine, theirs)
     assert [c["number"] for c in again.curves] == [c["number"] for c in whole.curves]
     assert whole.curves[-1]["num_tokens"] == 1280
-    again.finish(str(tmp_path), "m")
-    found = json.loads((tmp_path / FOUND / "0.json").read_text())
+    out = tmp_path / "out"
+    again.finish(str(out), "m")
+    found = json.loads((out / FOUND / "0.json").read_text())
     assert found["counts"]["tokens"] >= 1280
-    assert sorted(path.name for path in tmp_path.iterdir() if path.name != FOUND) == sorted(
-        spec.name for spec in task.specs
-    )
+    assert {path.name for path in out.iterdir()} == {FOUND, *(spec.name for spec in task.specs)}
 
 
 def test_another_number_of_workers_keeps_the_saes_and_begins_the_data_anew(
