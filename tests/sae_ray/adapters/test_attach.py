@@ -25,6 +25,8 @@ LN2 = 0.6931471805599453
         ({"kind": "subspace"}, "adapter subspace needs subspaces"),
         ({"kind": "scale", "sae": ("s", "t"), "latents": (1,)}, "numbers of one SAE"),
         ({"kind": "scale", "sae": ("s",), "latents": ()}, "at least one"),
+        ({"kind": "scale", "sae": ("s",), "l1": -1.0}, "at least 0"),
+        ({"kind": "lora", "r": 0}, "at least"),
         ({"kind": "scale", "sae": ("s", "t"), "hook_points": ("h",)}, "give each its own"),
     ],
 )

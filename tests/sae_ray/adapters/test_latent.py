@@ -13,7 +13,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from sae_ray.adapters.attach import AdapterSpec, attach
+from sae_ray.adapters.attach import AdapterSpec, attach, share_penalties
 from sae_ray.adapters.edits import LATENT_KINDS, num_parameters
 from sae_ray.adapters.latent import NAME
 from sae_ray.errors import ModelError
@@ -369,9 +369,10 @@ def test_gradients_are_the_same_with_gradient_checkpointing(
 def test_penalties_add_their_own_gradients(kind, tiny_lm, whole, sae_at):
     sae = sae_at("blocks.1.hook_resid_post")
 
-    def gradients(**settings) -> dict[str, Tensor]:
+    def gradients(passes=1, **settings):
         torch.manual_seed(0)
         adapted = attach(whole(tiny_lm), AdapterSpec(kind=kind, sae=(sae,), **settings))
+        share_penalties(adapted, passes)
         shake(adapted)
         adapted(IDS, labels=IDS).loss.backward()
         edit = layers(adapted)[0].edit("default")
@@ -389,6 +390,10 @@ def test_penalties_add_their_own_gradients(kind, tiny_lm, whole, sae_at):
         after = gradients(l1=0.3)[0][name]
         extra = 0 if extra is None else 0.3 * extra
         torch.testing.assert_close(after, before + extra, rtol=1e-5, atol=1e-6)
+
+    twice = gradients(l1=0.3, passes=2)[0]
+    once = gradients(l1=0.15)[0]
+    assert all(torch.equal(twice[name], once[name]) for name in plain)
 
     seen: dict[str, Tensor] = {}
     point, model = HookPoint(1, "resid_post"), adapted.get_base_model()
