@@ -6,7 +6,7 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from pydantic import BaseModel, ConfigDict, model_validator
 from transformers import PreTrainedModel
 
-from sae_ray.adapters.edits import LATENT_KINDS
+from sae_ray.adapters.edits import LATENT_KINDS, LatentEdit
 from sae_ray.adapters.latent import LatentConfig
 from sae_ray.adapters.positions import Where
 from sae_ray.adapters.subspace import Mode, Side, Subspace, hold, lora_config, place_subspace
@@ -77,6 +77,12 @@ class AdapterSpec(BaseModel):
         needed = _REQUIRED.get(self.kind)
         if needed and not getattr(self, needed):
             raise ConfigError(f"adapter {self.kind} needs {needed}: give it")
+        if min(self.r, self.hidden) < 1 or min(self.l1, self.edit_penalty, self.soft_weight) < 0:
+            raise ConfigError(
+                f"r={self.r}, hidden={self.hidden}, l1={self.l1}, edit_penalty="
+                f"{self.edit_penalty}, soft_weight={self.soft_weight}: the first two are at least "
+                "1, the others at least 0"
+            )
         if self.hook_points and len(self.hook_points) != len(self.sae):
             raise ConfigError(
                 f"{len(self.hook_points)} hook points and {len(self.sae)} SAEs: give each its own"
@@ -117,6 +123,17 @@ def hold_again(adapted: PeftModel, spec: AdapterSpec, *, name: str = "default") 
     for folder in spec.subspaces:
         subspace = Subspace.load(folder)
         hold(adapted, subspace, spec.mode, spec.sides, name=name, soft_weight=spec.soft_weight)
+
+
+def share_penalties(adapted: PeftModel, backward_passes: int) -> None:
+    """Tell latent edits how many backward passes one step of the optimiser sums over.
+
+    Their penalties are gradients, added in each pass, and not scaled with the loss as it is for
+    gradient accumulation.
+    """
+    for module in adapted.modules():
+        if isinstance(module, LatentEdit):
+            module.backward_passes = backward_passes
 
 
 def config_of(spec: AdapterSpec) -> PeftConfig:

@@ -77,13 +77,17 @@ class LatentEdit(nn.Module):
 
     def forward(
         self, x: Float[Tensor, "batch seq d_in"], mask: Bool[Tensor, "batch seq"] | None
-    ) -> Float[Tensor, "batch seq d_in"]:
-        """Return what is to be added to `x`, in fp32, and nothing where the mask is off."""
+    ) -> Float[Tensor, "*one_or_all d_in"]:
+        """Return what is to be added to `x`, in fp32, 0 where the mask is off.
+
+        What is the same at every token comes back once.
+        """
         with torch.autocast(x.device.type, enabled=False):
-            change = self.sae.written(self._decoded(x), x)
-            if mask is not None:
-                change = change * mask.unsqueeze(-1)
+            change = self._decoded(x)
+            for factor in (self.sae.scale(x), None if mask is None else mask.unsqueeze(-1)):
+                change = change if factor is None else change * factor
             if self.edit_penalty:
+                change = change.expand(x.shape)
                 size = x.detach().float().square().sum()
                 weight = 2 * self.edit_penalty / self.backward_passes
                 change = _Penalised.apply(change, weight / size * change.detach())
@@ -93,7 +97,7 @@ class LatentEdit(nn.Module):
         """Return what `steering` adds at every token."""
         return self._shrunk(self.steering) @ self.sae.W_dec
 
-    def _decoded(self, x: Float[Tensor, "batch seq d_in"]) -> Float[Tensor, "*batch d_in"]:
+    def _decoded(self, x: Float[Tensor, "batch seq d_in"]) -> Float[Tensor, "*one_or_all d_in"]:
         """Return (g(z) - z) @ W_dec; never a product of tokens x latents that need not be."""
         W_dec = self.sae.W_dec
         match self.kind:

@@ -85,9 +85,6 @@ class FrozenSae(nn.Module):
             z = z if self.chosen is None else z[:, self.chosen]
         return z.reshape(*x.shape[:-1], z.shape[-1])
 
-    def written(
-        self, change: Float[Tensor, "*batch d_in"], x: Float[Tensor, "*batch d_in"]
-    ) -> Float[Tensor, "*batch d_in"]:
-        """Return a decoded change in the scale of the `x` whose latents changed."""
-        scale = scale_of(x.float(), self.input_norm)
-        return change if scale is None else change * scale
+    def scale(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch 1"] | None:
+        """Return what one unit that is written is worth beside `x`; None where it is one."""
+        return scale_of(x.float(), self.input_norm)

@@ -211,7 +211,7 @@ class LatentModel(BaseTuner):
                 layer = self._layer(target, point)
                 edit = _edit(peft_config, site, point, layer)
                 edit.requires_grad_(adapter_name in self.active_adapters)
-                layer.latent_edit[adapter_name] = edit.to(next(self.model.parameters()).device)
+                layer.latent_edit[adapter_name] = edit.to(_device(target, self.model))
                 layer.where[adapter_name] = peft_config.positions
         if peft_config.positions != "all":
             self.positions.watch(self.model)
@@ -311,6 +311,11 @@ class LatentModel(BaseTuner):
                 f"adapter_names={', '.join(unknown)}: there are {', '.join(self.peft_config)}, and "
                 "__base__ for none"
             )
+
+
+def _device(host: nn.Module, model: nn.Module) -> torch.device:
+    """Return where a module's weights are, or the model's first where it has none."""
+    return next(host.parameters(), next(model.parameters())).device
 
 
 def _points(config: LatentConfig, model: PreTrainedModel) -> list[HookPoint]:

@@ -307,7 +307,8 @@ def _make_core(place: Place, layer: LoraLayer, U: Tensor, name: str, adapted: Pe
     A, B = layer.lora_A[name].weight, layer.lora_B[name]
     if place.side == "writers":
         left = _folded(adapted, place, U)
-        if not A.any():  # new, and not loaded
+        if not A.any():  # new, and not loaded: nothing is written yet
+            B.weight.zero_()
             A.copy_(torch.linalg.svd(U.T.to(W) @ W, full_matrices=False)[2][:r])
     else:
         left = torch.linalg.svd(W @ U.to(W), full_matrices=False)[0][:, :r]
