@@ -28,7 +28,6 @@ class Config(IndexSettings):
     python jobs/quickstart.py
     python jobs/quickstart.py --task "Say which cooking step comes next in a recipe" --name cooking
     python jobs/quickstart.py --task "..." --pool chats.jsonl --lm ./model --sae ./sae --name mine
-
     Everything lands under out/NAME; a second task over the embedded pool reuses its index.
     """
 
@@ -57,8 +56,7 @@ def main(config: Config) -> None:
         print(f"   {warning}")
 
     print("3. the first rows, and why")
-    for text in preview(selection, 3):
-        print(text)
+    print("\n".join(preview(selection, 3)))
 
     print("4. train an expert on them, and one on as many random rows")
     random = str(folder / "random.jsonl")

@@ -124,6 +124,9 @@ def _join(training: Training, workers: Workers) -> World:
     """Join the process group that Ray made, in DeepSpeed's way."""
     import deepspeed  # noqa: PLC0415 - looks for devices when it is imported: in workers alone
 
+    if not workers.num_gpus:
+        # Else every worker compiles an all-reduce of DeepSpeed's own; gloo's is there.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # Before accelerate is asked for anything: it would see one worker.
     deepspeed.init_distributed("nccl" if workers.num_gpus else "gloo")
     return World(
