@@ -22,7 +22,7 @@ TOP_LEVEL = {
     *("cluster", "sae_ray", "jobs", "serve", "tests", "pyproject.toml", "README.md"),
     *("Makefile", "requirements.lock", "LICENSE", "CHANGELOG.md"),
 }
-README_ROW = re.compile(r"^\| *`((?:sae_ray|jobs|serve)/[^`]+\.py)` *\| *(.+?) *\|$", re.MULTILINE)
+README_ROW = re.compile(r"^\| *`((?:sae_ray|jobs|serve)/[^`]+)` *\| *(.+?) *\|$", re.MULTILINE)
 
 
 def python_files(*folders: str) -> list[str]:
@@ -68,10 +68,24 @@ def first_line(name: str) -> str:
     return (ast.get_docstring(parse(name)) or "").split("\n")[0]
 
 
-def test_the_readme_lists_every_file_with_the_first_line_of_its_docstring():
-    files = [name for name in python_files(*SHIPPED) if not name.endswith("__init__.py")]
-    listed = dict(README_ROW.findall((ROOT / "README.md").read_text(encoding="utf-8")))
-    assert listed == {name: first_line(name) for name in files}
+def listed_in(readme: str) -> dict[str, str]:
+    return dict(README_ROW.findall((ROOT / readme).read_text(encoding="utf-8")))
+
+
+def test_the_readme_lists_every_folder_and_job_with_the_first_line_of_its_docstring():
+    packages = [Path(name).parent for name in python_files("sae_ray") if name.count("/") == 2]
+    wanted = {f"{folder}/": first_line(f"{folder}/__init__.py") for folder in packages}
+    wanted |= {name: first_line(name) for name in python_files("jobs", "serve")}
+    assert listed_in("README.md") == wanted
+
+
+def test_the_librarys_page_lists_every_file_with_the_first_line_of_its_docstring():
+    files = [name for name in python_files("sae_ray") if not name.endswith("__init__.py")]
+    assert listed_in("sae_ray/README.md") == {name: first_line(name) for name in files}
+
+
+def test_the_readme_can_be_read_in_one_go():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 250
 
 
 def test_every_file_opens_with_a_phrase_that_ends_in_a_full_stop():
