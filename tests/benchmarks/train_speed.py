@@ -156,7 +156,7 @@ class Contest:
         return SAETrainer(config, sae, store.get_data_loader())
 
 
-Turn = Callable[[int], None]
+Turn = Callable[[int], object]
 """Takes so many steps."""
 
 
@@ -215,7 +215,7 @@ def many(contest: Contest, part: Part) -> None:
         "eight together": turn_of(trainer, feed),
         "the forward": lambda num: _consume(feed, num),
         **{
-            f"update {i}": (lambda num, one=one: [one.step(batch) for _ in range(num)] and None)
+            f"update {i}": (lambda num, one=one: [one.step(batch) for _ in range(num)])
             for i, (one, _) in enumerate(alone)
         },
         **{f"run {i}": turn_of(*pair) for i, pair in enumerate(alone)},
@@ -371,9 +371,7 @@ def scaling(arguments: argparse.Namespace, part: Part) -> None:
     for num in (1, 2):
         queue = context.SimpleQueue()
         port = 21_000 + os.getpid() % 10_000 + num
-        torch.multiprocessing.start_processes(
-            _scaling_worker, (num, port, arguments, queue), nprocs=num, start_method="spawn"
-        )
+        torch.multiprocessing.spawn(_scaling_worker, (num, port, arguments, queue), nprocs=num)
         found.append(queue.get())
     part.details["tokens/s of 1 and 2 workers"] = found
     part.figures.append(Figure("2 workers over 1", found[1] / found[0], "x", at_least=1.7))
