@@ -7,6 +7,7 @@ only those come back that more than one row holds: they alone decide what is dro
 import dataclasses
 import json
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import ray.data
@@ -15,6 +16,9 @@ from sae_ray.distributed.runtime import cluster
 from sae_ray.sae.repeats import Grams, Order
 from sae_ray.sae.shards import Row, read_texts
 from sae_ray.tables import Slice
+
+Columns = Any
+"""Columns of numpy by name: Ray's type of a batch is wider than what is asked of it."""
 
 _PAIRS_PER_RANGE = 4_000_000
 _PAIRS_PER_ROW = 200
@@ -42,12 +46,12 @@ def _shared(slices: Sequence[Slice], *, plain_text: bool) -> Grams:
     num_rows = sum(part.num_rows for part in slices)
     num_ranges = np.uint64(max(1, num_rows * _PAIRS_PER_ROW // _PAIRS_PER_RANGE))
 
-    def read(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def read(batch: Columns) -> Columns:
         parts = [Slice(**json.loads(one)) for one in batch["slice"]]
         found = Grams.joined([grams_of(part, plain_text=plain_text) for part in parts])
         return {"range": (found.grams % num_ranges).astype(np.int64), **_columns(found)}
 
-    def keep_shared(group: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def keep_shared(group: Columns) -> Columns:
         return _columns(_grams(group).shared())
 
     rows = [{"slice": json.dumps(dataclasses.asdict(part))} for part in slices]
@@ -61,7 +65,7 @@ def _shared(slices: Sequence[Slice], *, plain_text: bool) -> Grams:
     return Grams.joined([Grams.of([]), *(_grams(one) for one in batches if len(one))])
 
 
-def _columns(found: Grams) -> dict[str, np.ndarray]:
+def _columns(found: Grams) -> Columns:
     # Ray groups and sorts signed numbers; the bits stay the same.
     return {
         "gram": found.grams.view(np.int64),
@@ -70,6 +74,6 @@ def _columns(found: Grams) -> dict[str, np.ndarray]:
     }
 
 
-def _grams(columns: dict[str, np.ndarray]) -> Grams:
+def _grams(columns: Columns) -> Grams:
     grams, rows, ranks = (columns[name].astype(np.int64) for name in ("gram", "row", "rank"))
     return Grams(grams.view(np.uint64), rows, ranks.view(np.uint64))

@@ -67,7 +67,9 @@ class SAERun:
         """
         self.settings, self.path = settings, path
         self.is_plain = settings.regime == "bt_p"
-        self.lm = locate_source("lm", settings.lm or EMBEDDED)
+        lm = locate_source("lm", settings.lm or EMBEDDED)
+        # Workers have working directories of their own.
+        self.lm = str(Path(lm).absolute()) if Path(lm).exists() else lm
         embedded = tiny.text_path() if self.is_plain else tiny.pool_path()
         self.data = settings.data or str(embedded)
         config = load_config(self.lm)

@@ -83,7 +83,7 @@ def _on_ray(task: Task, path: str, model_name: str) -> Iterator[Step]:
     """Fit in a thread, while steps come through a queue."""
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(_START_TIMEOUT_S))
     queue = Queue(actor_options={"num_cpus": 0})
-    trainer = _trainer(task, path, model_name, queue)
+    trainer = _trainer(task, _anywhere(path), model_name, queue)
     outcome: list[str] = []
     lost: list[TrainingFailedError] = []
 
@@ -138,6 +138,12 @@ def _trainer(task: Task, path: str, model_name: str, queue: Queue) -> TorchTrain
             worker_runtime_env={"env_vars": WORKER_ENV},
         ),
     )
+
+
+def _anywhere(path: str) -> str:
+    """Return a path that means the same in the working directory of a worker."""
+    fs, root = locate(path)
+    return root if isinstance(fs, LocalFileSystem) else path
 
 
 def _gpu(num: int) -> dict[str, float]:

@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import dataclasses
 import gc
+import multiprocessing
 import os
 import statistics
 import tempfile
@@ -156,7 +157,7 @@ class Contest:
         return SAETrainer(config, sae, store.get_data_loader())
 
 
-Turn = Callable[[int], None]
+Turn = Callable[[int], object]
 """Takes so many steps."""
 
 
@@ -215,7 +216,7 @@ def many(contest: Contest, part: Part) -> None:
         "eight together": turn_of(trainer, feed),
         "the forward": lambda num: _consume(feed, num),
         **{
-            f"update {i}": (lambda num, one=one: [one.step(batch) for _ in range(num)] and None)
+            f"update {i}": (lambda num, one=one: [one.step(batch) for _ in range(num)])
             for i, (one, _) in enumerate(alone)
         },
         **{f"run {i}": turn_of(*pair) for i, pair in enumerate(alone)},
@@ -256,10 +257,10 @@ def seven_b_ratio() -> float:
 def matmul_peak(d_in: int, d_sae: int, rows: int) -> float:
     """Return the FLOP/s of the encoder's product alone, in fp32."""
     a, b = torch.randn(rows, d_in), torch.randn(d_in, d_sae)
-    a @ b
+    _ = a @ b
     started, num = time.perf_counter(), 0
     while time.perf_counter() - started < 2:
-        a @ b
+        _ = a @ b
         num += 1
     return num * 2 * rows * d_in * d_sae / (time.perf_counter() - started)
 
@@ -366,15 +367,20 @@ def _scaling_worker(rank: int, num: int, port: int, arguments: Any, queue: Any) 
 
 def scaling(arguments: argparse.Namespace, part: Part) -> None:
     """Two workers of one thread against one of one thread."""
-    context = torch.multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("spawn")
     found: list[float] = []
     for num in (1, 2):
         queue = context.SimpleQueue()
         port = 21_000 + os.getpid() % 10_000 + num
-        torch.multiprocessing.start_processes(
-            _scaling_worker, (num, port, arguments, queue), nprocs=num, start_method="spawn"
-        )
+        workers = [
+            context.Process(target=_scaling_worker, args=(rank, num, port, arguments, queue))
+            for rank in range(num)
+        ]
+        for worker in workers:
+            worker.start()
         found.append(queue.get())
+        for worker in workers:
+            worker.join()
     part.details["tokens/s of 1 and 2 workers"] = found
     part.figures.append(Figure("2 workers over 1", found[1] / found[0], "x", at_least=1.7))
 

@@ -76,7 +76,7 @@ def test_a_grid_becomes_folders_that_sae_lens_loads(line, tmp_path: Path, capsys
         quality = json.loads((folder / "quality.json").read_text())
         assert 0 < quality["fvu"] < 2
         assert {"all", "special", "role", "position 0"} <= quality["parts"].keys()
-        assert quality["recovered"]["ce_recovered"] <= 1.01
+        assert quality["recovered"]["kl_recovered"] <= 1
         assert (folder / "labels" / "labels.json").exists()
     page = (out / "report.html").read_text()
     assert "<script" not in page

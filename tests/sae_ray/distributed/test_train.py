@@ -1,6 +1,7 @@
 """Ray Train: gradients of two workers, a worker lost, a driver lost, and what is wrong for good."""
 
 import dataclasses
+import multiprocessing
 import os
 import threading
 import time
@@ -11,7 +12,6 @@ import psutil
 import pytest
 import torch
 import torch.distributed
-import torch.multiprocessing
 from safetensors.torch import load_file
 
 from sae_ray.distributed.train import average, train_parts
@@ -73,9 +73,13 @@ def _worker(rank: int, port: int, folder: str) -> None:
 def test_two_workers_have_the_gradients_of_one_with_twice_the_batch(tmp_path: Path) -> None:
     whole = gradients(slice(0, 64), None)
     port = 20_000 + os.getpid() % 20_000
-    torch.multiprocessing.start_processes(
-        _worker, (port, str(tmp_path)), nprocs=2, start_method="fork"
-    )
+    context = multiprocessing.get_context("fork")
+    workers = [context.Process(target=_worker, args=(r, port, str(tmp_path))) for r in range(2)]
+    for process in workers:
+        process.start()
+    for process in workers:
+        process.join()
+        assert process.exitcode == 0
     for rank in range(2):
         shared = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         for mine, theirs in zip(shared, whole, strict=True):
@@ -123,7 +127,7 @@ def weights(task: Task, path: Path) -> dict[str, torch.Tensor]:
     return load_file(path / task.specs[0].name / "sae_weights.safetensors")
 
 
-def workers() -> Iterator[psutil.Process]:
+def train_workers() -> Iterator[psutil.Process]:
     for process in psutil.process_iter(["cmdline"]):
         if any("RayTrainWorker" in word for word in process.info["cmdline"] or ()):
             yield process
@@ -139,7 +143,7 @@ def test_a_lost_worker_is_survived_and_the_weights_are_those_of_an_unbroken_run(
         while not list((tmp_path / "broken").rglob("worker-1.pt")):
             time.sleep(0.05)
         time.sleep(3)  # Ray takes a checkpoint in every two seconds
-        for process in list(workers())[:1]:
+        for process in list(train_workers())[:1]:
             process.kill()
             killed.set()
 

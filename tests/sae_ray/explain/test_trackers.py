@@ -5,7 +5,6 @@ import time
 from pathlib import Path
 
 import pytest
-from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportMissingImports]
 
 from sae_ray.errors import ConfigError
 from sae_ray.explain import trackers
@@ -21,8 +20,7 @@ def test_figures_arrive_in_tensorboard(tmp_path: Path) -> None:
     while b"a/loss" not in (content := file.read_bytes()):
         assert time.monotonic() < until
         time.sleep(0.05)
-    size = int.from_bytes(content[:8], "little")
-    assert Event.FromString(content[12 : 12 + size]).file_version == "brain.Event:2"
+    assert b"brain.Event:2" in content
 
 
 def test_a_tracker_that_fails_is_left_out(tmp_path: Path, monkeypatch, caplog) -> None:
