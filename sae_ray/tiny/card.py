@@ -17,9 +17,7 @@ HOW_LABELLED = (
 )
 MAKE_COMMAND = "python jobs/make_tiny.py --device cuda --pool POOL --text TEXT"
 
-HEADROOM_COMMAND = (
-    "python tests/benchmarks/tiny_headroom.py --out sae_ray/tiny/default/headroom.json"
-)
+HEADROOM_COMMAND = "python tests/benchmarks/tiny_headroom.py --device cuda --out headroom.json"
 
 _CARD = Template("""# The embedded default
 
