@@ -22,6 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 from measure import Figure, Part, add_inputs
@@ -112,7 +113,10 @@ class Contest:
 
         name = f"model.layers.{self.point.layer}"
         model = AutoModelForCausalLM.from_pretrained(self.lm, dtype=torch.float32)
-        rows = [{"tokens": one[:, TOKEN].tolist()} for one in self.instances]
+        # Tokenised and cut beforehand, which spares it both.
+        ids = np.concatenate([one[:, TOKEN] for one in self.instances])
+        blocks = ids[: len(ids) // CONTEXT * CONTEXT].reshape(-1, CONTEXT)
+        rows = [{"tokens": block} for block in blocks.tolist()]
         batch = self.arguments.batch_tokens
         total = batch * 10_000
         store = ActivationsStore(
