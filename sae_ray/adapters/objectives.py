@@ -189,6 +189,8 @@ def arguments(recipe: Recipe, folder: Path, steps: int, world: World) -> Trainin
         # accelerate drops DeepSpeed without a word where it is told of a CPU.
         "use_cpu": on_cpu and world.deepspeed is None,
         "deepspeed": world.deepspeed,
+        # Nor does it see other workers there, unless its state was made for it.
+        "accelerator_config": {"use_configured_state": on_cpu and world.deepspeed is not None},
     }
     own = {"shuffle_dataset": False, "dataset_kwargs": {"skip_prepare_dataset": True}}
     with by_its_old_name():

@@ -7,6 +7,7 @@ that they are given different rows.
 """
 
 import dataclasses
+import os
 import shutil
 import tempfile
 from collections.abc import Generator
@@ -18,6 +19,7 @@ import ray
 import ray.train
 import torch
 import torch.distributed
+from accelerate import PartialState
 
 from sae_ray.adapters.attach import AdapterSpec
 from sae_ray.adapters.finetune import Finetuning, Look, Material, Step
@@ -127,14 +129,21 @@ def _join(training: Training, workers: Workers) -> World:
     if not workers.num_gpus:
         # Else every worker compiles an all-reduce of DeepSpeed's own; gloo's is there.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    # Before accelerate is asked for anything: it would see one worker.
     deepspeed.init_distributed("nccl" if workers.num_gpus else "gloo")
+    if not workers.num_gpus:
+        _tell_accelerate()
     return World(
         rank=torch.distributed.get_rank(),
         count=torch.distributed.get_world_size(),
         deepspeed=deepspeed_config(training, workers),
         gathered=deepspeed.zero.GatheredParameters if training.zero_stage == 3 else _as_they_are,
     )
+
+
+def _tell_accelerate() -> None:
+    """Tell accelerate of the workers: without a GPU it would see one, that has all the rows."""
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    PartialState(backend="gloo")
 
 
 def deepspeed_config(training: Training, workers: Workers) -> dict[str, Any]:
