@@ -1,12 +1,11 @@
 #!/usr/bin/env python
 """Make the embedded default: data, tiny language model, SAE, latent labels and their card."""
 
-import logging
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 
 from sae_ray.config import JobConfig, run_job
+from sae_ray.distributed.progress import follow
 from sae_ray.lm import HookPoint
 from sae_ray.sae.labels import label_sae
 from sae_ray.sae.quality import measure_sae
@@ -47,26 +46,25 @@ def make(config: Config, lm: Path, sae: Path, labels: Path) -> None:
     material = recipe.material(config.seed, config.pool, config.text)
     if not (lm / "model.safetensors").exists():
         lm_how = recipe.PretrainConfig(config.lm_steps, seed=config.seed)
-        report("LM", recipe.pretrain_lm(material, lm_how, lm, config.work, device=config.device))
+        steps = recipe.pretrain_lm(material, lm_how, lm, config.work, device=config.device)
+        follow(("LM", one.number, config.lm_steps, f"loss {one.loss:.2f}") for one in steps)
     seen, unseen = recipe.halves(recipe.read_rows(config.out / "pool.parquet"))
     if not (sae / "sae_weights.safetensors").exists():
         spec = SAESpec(HookPoint.parse(HOOK_POINT), "batchtopk", 1024, k=32, seed=config.seed)
         how = Recipe(config.sae_steps, batch_tokens=4096, dead_after_tokens=400_000)
         chats = list(map(instance_of, material.chats(seen)))
-        where = {"model_name": MODEL_NAME, "device": config.device}
-        report("SAE", train_on_instances(lm, chats, spec, how, sae, **where))
+        steps = train_on_instances(
+            lm, chats, spec, how, sae, model_name=MODEL_NAME, device=config.device
+        )
+        follow(
+            ("SAE", one.number, config.sae_steps, f"FVU {one.saes[spec.name].fvu:.3f}")
+            for one in steps
+        )
     if not labels.exists():
         label_sae(lm, sae, seen, unseen, labels, how=card.HOW_LABELLED)
     quality = measure_sae(lm, sae, list(map(instance_of, material.encode_chats(unseen))))
     figures = {"sae": quality.headline(), "sae_steps": config.sae_steps}
     card.write_figures(config.out, figures | recipe.figures(config.out, material, config.lm_steps))
-
-
-def report(what: str, steps: Iterable[object]) -> None:
-    """Run a training to its end and log now and then."""
-    for number, step in enumerate(steps):
-        if number % 50 == 0:
-            logging.getLogger("sae_ray").info("%s: %s", what, step)
 
 
 def main(config: Config) -> None:

@@ -27,7 +27,8 @@ class PlainWay:
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         torch_dtype = getattr(torch, dtype)
-        self.model = AutoModelForCausalLM.from_pretrained(lm, dtype=torch_dtype).eval().to(device)
+        self.model = AutoModelForCausalLM.from_pretrained(lm, dtype=torch_dtype).eval()
+        self.model.to(torch.device(device))  # pyright: ignore
         self.sae = SAE.load_from_disk(sae).to(dtype=torch_dtype, device=device).eval()
         hook_point = HookPoint.parse(self.sae.cfg.metadata.hook_name)
         assert hook_point.site == "resid_post"

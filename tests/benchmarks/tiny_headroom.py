@@ -77,7 +77,8 @@ def finetune(
 
 
 def load(path: Path, device: str) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).to(device)
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    return model.to(torch.device(device))  # pyright: ignore
 
 
 def main() -> None:

@@ -228,8 +228,14 @@ def test_pseudo_queries_come_from_a_file_or_an_endpoint_and_not_from_both(
     file = tmp_path / "written.txt"
     file.write_text("Write a song for the piano\n")
     with serve() as endpoint:
-        for also in ({"pseudo_url": endpoint.url, "pseudo_model": "m"}, {"pseudo_model": "m"}):
-            asked = Request(task=TASK, budget_examples=5, pseudo_queries=str(file), **also)
+        for url in (endpoint.url, None):
+            asked = Request(
+                task=TASK,
+                budget_examples=5,
+                pseudo_queries=str(file),
+                pseudo_url=url,
+                pseudo_model="m",
+            )
             with pytest.raises(ConfigError, match=r"pseudo_queries='.*leave one of them out"):
                 curator.answer(asked)
         assert endpoint.asked == []
