@@ -141,7 +141,7 @@ def config_of(spec: AdapterSpec) -> PeftConfig:
     if spec.kind == "lora":
         return LoraConfig(
             r=spec.r,
-            lora_alpha=spec.r if spec.alpha is None else spec.alpha,
+            lora_alpha=spec.r if spec.alpha is None else spec.alpha,  # pyright: ignore[reportArgumentType]
             target_modules="all-linear" if spec.targets is None else list(spec.targets),
             task_type="CAUSAL_LM",
         )
@@ -157,7 +157,7 @@ def config_of(spec: AdapterSpec) -> PeftConfig:
     ]
     return LatentConfig(
         task_type="CAUSAL_LM",
-        kind=spec.kind,
+        kind=spec.kind,  # pyright: ignore[reportArgumentType]
         sites=sites,
         positions=spec.positions,
         hidden=spec.hidden if spec.kind == "residual" else 0,

@@ -28,6 +28,8 @@ class Core(nn.Module):
 
     def __init__(self, left: Float[Tensor, "out r"]) -> None:
         super().__init__()
+        self.left: Tensor
+        self.inverse: Tensor
         self.register_buffer("left", left, persistent=False)
         self.register_buffer("inverse", torch.linalg.pinv(left), persistent=False)
 
@@ -64,8 +66,8 @@ def _as_plain(module: nn.Module, state: dict, prefix: str, _local: object) -> No
 
 def _as_core(module: nn.Module, state: dict, prefix: str, *_rest: object) -> None:
     if f"{prefix}weight" in state:
-        (core,) = module.parametrizations["weight"]
-        state[f"{prefix}{_CORE}"] = core.right_inverse(state.pop(f"{prefix}weight"))
+        (core,) = module.parametrizations["weight"]  # pyright: ignore[reportArgumentType, reportIndexIssue]
+        state[f"{prefix}{_CORE}"] = core.right_inverse(state.pop(f"{prefix}weight"))  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def lean_to(

@@ -222,15 +222,15 @@ class Finetuning:
         held: Any = self.material.held_out
         rows = flat(held) if self.recipe.objective == "dpo" else held
         trainer = self.trainer
-        was_training = trainer.model.training
-        trainer.model.eval()
+        was_training = trainer.model.training  # pyright: ignore[reportOptionalMemberAccess]
+        trainer.model.eval()  # pyright: ignore[reportOptionalMemberAccess]
         micro, _ = self.recipe.micro_rows_for(self.world.count)
         sets = [
             row_losses(
-                trainer.model_wrapped,
+                trainer.model_wrapped,  # pyright: ignore[reportArgumentType]
                 one,
                 micro_rows=micro,
-                pad=self.tokenizer.tokenizer.pad_token_id,
+                pad=self.tokenizer.tokenizer.pad_token_id,  # pyright: ignore[reportArgumentType]
                 device=trainer.args.device,
                 rank=self.world.rank,
                 num_workers=self.world.count,
@@ -238,7 +238,7 @@ class Finetuning:
             )
             for one in (rows, self.material.general)
         ]
-        trainer.model.train(was_training)
+        trainer.model.train(was_training)  # pyright: ignore[reportOptionalMemberAccess]
         return Look(number, *sets)
 
     def _train(self, happened: "Callable[[_Event], None]", checkpoint: Path | None) -> None:

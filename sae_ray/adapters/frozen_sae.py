@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sae_ray.errors import ModelError
-from sae_ray.sae.encoder import LatentEncoder, normalise, scale_of
+from sae_ray.sae.encoder import InputNorm, LatentEncoder, normalise, scale_of
 
 
 class FrozenSae(nn.Module):
@@ -50,7 +50,7 @@ class FrozenSae(nn.Module):
                 f"latents {int(chosen.min())} to {int(chosen.max())} are asked for, and the SAE "
                 f"has 0 to {encoder.d_sae - 1}: give some of these"
             )
-        self.input_norm = encoder.input_norm
+        self.input_norm: InputNorm = encoder.input_norm
         self.k = encoder.k
         W_dec = encoder.W_dec if chosen is None else encoder.W_dec[chosen]
         self._keep("W_dec", W_dec)

@@ -67,7 +67,7 @@ def read_learnt(settings: FinetuneSettings, data: str, lm: str, staging: str) ->
             f"{data} holds {len(found.rows)} rows to learn from: ten are the least, two of which "
             "are held out; give more"
         )
-    train, held = split(found.rows, held_out, settings.seed)
+    train, held = split(found.rows, held_out, settings.seed)  # pyright: ignore[reportArgumentType]
     retain: Sequence[Example] = ()
     if settings.retain is not None:
         retain = read_examples(settings.retain, tokenizer, **limits).rows

@@ -19,7 +19,7 @@ from transformers import (
     PrinterCallback,
     TrainingArguments,
 )
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer  # pyright: ignore[reportPrivateImportUsage]
 from trl.data_utils import pack_dataset
 
 from sae_ray.adapters.examples import Example, PairExample

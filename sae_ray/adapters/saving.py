@@ -24,7 +24,7 @@ def save_model(trainer: Trainer, folder: Path, world: World) -> None:
     peft = isinstance(model, PeftModel)
     parameters = {
         name: parameter
-        for name, parameter in model.named_parameters()
+        for name, parameter in model.named_parameters()  # pyright: ignore[reportAttributeAccessIssue]
         if not peft or f".{NAME}." in name or name.endswith(f".{NAME}")
     }
     with world.gathered(list(parameters.values())):
@@ -37,6 +37,6 @@ def save_model(trainer: Trainer, folder: Path, world: World) -> None:
         )
         (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card; ours says more
     else:
-        model.save_pretrained(str(folder), state_dict=state)
+        model.save_pretrained(str(folder), state_dict=state)  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
         tokenizer: Any = trainer.processing_class
         tokenizer.save_pretrained(str(folder))

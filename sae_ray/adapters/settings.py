@@ -1,6 +1,6 @@
 """Settings of a fine-tuning: what is trained of which model, on what, and on how many workers."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, JsonValue, model_validator
 
@@ -121,7 +121,8 @@ class FinetuneSettings(JobConfig, Recipe):
     def recipe(self) -> Recipe:
         """Return how it is trained, with the rate of its kind where none is given."""
         values = self.model_dump(include=set(Recipe.model_fields))
-        return Recipe(**values | {"learning_rate": self.rate})
+        values["learning_rate"] = self.rate
+        return Recipe(**values)
 
     @property
     def rate(self) -> float:
@@ -140,7 +141,7 @@ class FinetuneSettings(JobConfig, Recipe):
             case "subspace":
                 return AdapterSpec(kind="subspace", subspaces=subspaces, mode=self.mode)
             case kind:
-                more = {"hidden": self.hidden} if kind == "residual" else {}
+                more: dict[str, Any] = {"hidden": self.hidden} if kind == "residual" else {}
                 return AdapterSpec(
                     kind=kind,
                     sae=sae,

@@ -276,11 +276,11 @@ def _fill(adapted: PeftModel, place: Place, layer: LoraLayer, U: Tensor, name: s
     A, B = layer.lora_A[name].weight, layer.lora_B[name].weight
     folded = _folded(adapted, place, U)
     if place.side == "writers":
-        A.zero_()
-        B.copy_(folded)
+        A.zero_()  # pyright: ignore[reportCallIssue]
+        B.copy_(folded)  # pyright: ignore[reportCallIssue]
     else:
-        A.copy_(folded.T)
-        B.zero_()
+        A.copy_(folded.T)  # pyright: ignore[reportCallIssue]
+        B.zero_()  # pyright: ignore[reportCallIssue]
 
 
 def _folded(adapted: PeftModel, place: Place, U: Float[Tensor, "d_model r"]) -> Tensor:
@@ -307,9 +307,9 @@ def _make_core(place: Place, layer: LoraLayer, U: Tensor, name: str, adapted: Pe
     A, B = layer.lora_A[name].weight, layer.lora_B[name]
     if place.side == "writers":
         left = _folded(adapted, place, U)
-        if not A.any():  # new, and not loaded: nothing is written yet
-            B.weight.zero_()
-            A.copy_(torch.linalg.svd(U.T.to(W) @ W, full_matrices=False)[2][:r])
+        if not A.any():  # new, and not loaded: nothing is written yet  # pyright: ignore[reportCallIssue]
+            B.weight.zero_()  # pyright: ignore[reportCallIssue]
+            A.copy_(torch.linalg.svd(U.T.to(W) @ W, full_matrices=False)[2][:r])  # pyright: ignore[reportCallIssue]
     else:
         left = torch.linalg.svd(W @ U.to(W), full_matrices=False)[0][:, :r]
     Core.put_on(B, left)

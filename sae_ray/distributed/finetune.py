@@ -105,7 +105,7 @@ def _loop(config: dict[str, Any], tell: Tell) -> Trained:
     world = _join(training, workers)
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sae-ray-")))
-        finetuning = _finetuning(training, material, scratch, world)
+        finetuning = _finetuning(training, material, scratch, world)  # pyright: ignore[reportArgumentType]
         last = ray.train.get_checkpoint()
         folder = Path(stack.enter_context(last.as_directory())) if last else None
         for step in finetuning.steps(folder):

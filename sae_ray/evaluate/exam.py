@@ -32,7 +32,7 @@ def examine(adapters: Mapping[str, str | Path], *, num_questions: int = 40) -> M
             model = AutoModelForCausalLM.from_pretrained(tiny.lm_path(), dtype=torch.float32)
             if adapter is not None:
                 model = PeftModel.from_pretrained(model, str(adapter))
-        marks[name] = accuracies(model, tokenizer, rows)
+        marks[name] = accuracies(model, tokenizer, rows)  # pyright: ignore[reportArgumentType]
     return marks
 
 

@@ -28,7 +28,7 @@ def compare(before: Look, after: Look, objective: Objective) -> list[Measure]:
     if objective == "dpo":
         base, expert = np.array(before.margins()), np.array(after.margins())
         ranked = [(margins > 0).astype(float) for margins in (base, expert)]
-        measures.append(_measured("held_out_accuracy", *map(_mean_of, ranked), len(base)))
+        measures.append(_measured("held_out_accuracy", *map(_mean_of, ranked), len(base)))  # pyright: ignore[reportCallIssue]
         both = _mean_of(base), _mean_of(expert)
         measures.append(_measured("held_out_margin_nats", *both, len(base)))
     else:

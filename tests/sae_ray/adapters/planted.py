@@ -51,7 +51,7 @@ class World:
             on[:, LOUD[:R]] |= on[:, TASK] & drags
         size = np.abs(1 + 0.3 * rng.standard_normal((num, N)))
         size[:, LOUD] *= 2
-        return on * size
+        return on * size  # pyright: ignore[reportReturnType]
 
     def sample(self, seed: int, num: int) -> tuple[Array, Array]:
         """Return codes of `num` positive and as many reference examples."""

@@ -6,7 +6,7 @@ import pytest
 import torch
 from datasets import Dataset
 from transformers import AutoTokenizer
-from trl import DPOConfig, DPOTrainer
+from trl import DPOConfig, DPOTrainer  # pyright: ignore[reportPrivateImportUsage]
 
 from sae_ray.adapters.attach import AdapterSpec, attach
 from sae_ray.adapters.edits import LATENT_KINDS
@@ -38,7 +38,7 @@ def test_a_setting_that_would_mean_nothing_is_refused(settings, why):
 def test_lora_is_plain(tiny_lm, whole):
     adapted = attach(whole(tiny_lm), AdapterSpec(kind="lora", r=4, targets=("q_proj",)))
     assert adapted.get_nb_trainable_parameters()[0] == 3 * 4 * (32 + 32)
-    assert adapted.peft_config["default"].lora_alpha == 4
+    assert adapted.peft_config["default"].lora_alpha == 4  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def first_losses(model, tokenizer, folder: Path) -> list[float]:

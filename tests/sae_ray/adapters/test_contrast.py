@@ -50,8 +50,8 @@ def compare(positive: np.ndarray, reference: np.ndarray, **settings) -> Contrast
 
 
 def basis_of(found: Contrast, world: World, k: int, score="t", **rule) -> np.ndarray:
-    chosen = found.select(k, score)
-    scores = torch.from_numpy(found.scores(score)[chosen])
+    chosen = found.select(k, score)  # pyright: ignore[reportArgumentType]
+    scores = torch.from_numpy(found.scores(score)[chosen])  # pyright: ignore[reportArgumentType]
     W_dec = torch.from_numpy(world.dictionary).float()
     rule = BasisRule(**({"r_max": R, "tau": 1.0} | rule))
     return build_basis(W_dec, torch.from_numpy(chosen), scores, rule).U.double().numpy()

@@ -87,7 +87,7 @@ def test_the_loss_that_is_trained_is_the_loss_that_is_measured(
     settings = recipe(batch_rows=32, micro_rows=8, max_steps=1)
     finetuning = Finetuning(str(tiny_lm), LORA, settings, material(rows), tmp_path / "a")
     (first,) = losses(list(finetuning.steps()))
-    expected = mean_of(base_of(tiny_lm), finetuning.material.train)
+    expected = mean_of(base_of(tiny_lm), finetuning.material.train)  # pyright: ignore[reportArgumentType]
     assert first == pytest.approx(expected, abs=1e-5)
 
 
@@ -183,7 +183,7 @@ def test_a_saved_adapter_is_plain_peft_and_says_what_was_measured(
     num_saved = sum(one.numel() for one in weights(tmp_path / "expert").values())
     assert num_saved == finetuning.num_parameters
     model = PeftModel.from_pretrained(base_of(tiny_lm), str(tmp_path / "expert")).eval()
-    found = row_losses(model, finetuning.material.held_out, micro_rows=2, pad=0)
+    found = row_losses(model, finetuning.material.held_out, micro_rows=2, pad=0)  # pyright: ignore[reportArgumentType]
     expected = [row.nats for row in finetuning.best.held_out]
     assert [row.nats for row in found] == pytest.approx(expected, rel=1e-5)
 

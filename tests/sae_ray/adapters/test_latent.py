@@ -40,7 +40,7 @@ def shake(model: nn.Module, scale: float = 0.3, name: str = ".default.") -> None
 
 
 def layers(model: PeftModel) -> list:
-    return [layer for _, _, layer in model.base_model.layers()]
+    return [layer for _, _, layer in model.base_model.layers()]  # pyright: ignore[reportCallIssue]
 
 
 @pytest.mark.parametrize("kind", LATENT_KINDS)
@@ -113,8 +113,8 @@ def test_gradients_are_those_of_sae_plus_error_at_two_sites(kind, norm, tiny_lm,
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
     assert found.keys() == own.keys()
     for key, value in own.items():
-        scale = value.grad.abs().max()
-        assert (found[key] - value.grad).abs().max() <= 1e-6 + 1e-5 * scale, key
+        scale = value.grad.abs().max()  # pyright: ignore[reportOptionalMemberAccess]
+        assert (found[key] - value.grad).abs().max() <= 1e-6 + 1e-5 * scale, key  # pyright: ignore[reportOperatorIssue]
 
 
 def _hidden(kind: str, hidden: int) -> dict:
@@ -209,7 +209,7 @@ def test_adapters_are_switched_added_and_deleted_as_peft_users_expect(
     assert trainable == {n for n, _ in adapted.named_parameters() if ".default." in n}
     adapted.set_adapter("b")
     only_b = logits(adapted)
-    adapted.base_model.set_adapter(["default", "b"])
+    adapted.base_model.set_adapter(["default", "b"])  # pyright: ignore[reportCallIssue]
     both = logits(adapted)
     assert len({tuple(one.flatten()[:9].tolist()) for one in (base, only_a, only_b, both)}) == 4
     rows = logits(adapted, adapter_names=["default", "b", "__base__"])
@@ -385,7 +385,7 @@ def test_penalties_add_their_own_gradients(kind, tiny_lm, whole, sae_at):
         (parameters[n].abs() * (norms if parameters[n].ndim == 1 else norms[:, None])).sum()
         for n in parameters.keys() & {"steering", "scale", "up", "up_bias"}
     )
-    expected = torch.autograd.grad(shrunk, list(parameters.values()), allow_unused=True)
+    expected = torch.autograd.grad(shrunk, list(parameters.values()), allow_unused=True)  # pyright: ignore[reportArgumentType, reportCallIssue]
     for (name, before), extra in zip(plain.items(), expected, strict=True):
         after = gradients(l1=0.3)[0][name]
         extra = 0 if extra is None else 0.3 * extra
@@ -399,7 +399,7 @@ def test_penalties_add_their_own_gradients(kind, tiny_lm, whole, sae_at):
     point, model = HookPoint(1, "resid_post"), adapted.get_base_model()
     with adapted.disable_adapter(), torch.no_grad():
         visit = lambda x: seen.setdefault("x", x)  # noqa: E731
-        with visiting(model.base_model, family_of(model.config), point, visit):
+        with visiting(model.base_model, family_of(model.config), point, visit):  # pyright: ignore[reportArgumentType]
             adapted(IDS)
     x = seen["x"]
     ratio = edit(x, None).expand_as(x).square().sum() / x.square().sum()
@@ -501,10 +501,10 @@ def test_compiled_and_disabled_is_the_base(tiny_lm, whole, sae_at):
     shake(adapted)
     expected = logits(adapted)
     compiled = torch.compile(adapted, backend="eager")
-    torch.testing.assert_close(logits(compiled), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits(compiled), expected, rtol=1e-5, atol=1e-5)  # pyright: ignore[reportArgumentType]
     with adapted.disable_adapter():
-        torch.testing.assert_close(logits(compiled), base, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(logits(compiled), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(logits(compiled), base, rtol=1e-5, atol=1e-5)  # pyright: ignore[reportArgumentType]
+    torch.testing.assert_close(logits(compiled), expected, rtol=1e-5, atol=1e-5)  # pyright: ignore[reportArgumentType]
 
 
 def test_peft_knows_the_method():

@@ -62,12 +62,12 @@ def inside(adapted: PeftModel, folder: str, sides=("writers", "readers")) -> dic
     space = Subspace.load(folder)
     shares = {}
     for place, layer in lora_layers(adapted, space, sides):
-        delta = layer.get_delta_weight("default").detach().float()
+        delta = layer.get_delta_weight("default").detach().float()  # pyright: ignore[reportAttributeAccessIssue]
         delta = delta if isinstance(layer.get_base_layer(), nn.Linear) else delta.T
         delta = delta if place.side == "writers" else delta.T
         if place.norm is not None:
             norm = adapted.get_base_model().get_submodule(place.norm)
-            gain = norm.weight.detach() + ("Gemma" in type(norm).__name__)
+            gain = norm.weight.detach() + ("Gemma" in type(norm).__name__)  # pyright: ignore[reportCallIssue]
             delta = gain[:, None] * delta
         U = space.basis.U
         shares[place.path] = float((U.T @ delta).square().sum() / delta.square().sum())
@@ -90,7 +90,7 @@ def test_a_new_one_changes_no_bit_in_any_family(mode, any_tiny_lm, whole, subspa
 
 def frozen_factors(adapted: PeftModel, folder: str) -> list[nn.Parameter]:
     pairs = lora_layers(adapted, Subspace.load(folder), ("writers", "readers"))
-    return [
+    return [  # pyright: ignore[reportReturnType]
         (layer.lora_B if place.side == "writers" else layer.lora_A)["default"].weight
         for place, layer in pairs
     ]

@@ -36,15 +36,15 @@ def test_rows_are_the_mean_latents_of_each_reply(work, tiny_pool):
     assert sorted(len(one.reason) > 5 for one in rows if isinstance(one, Skipped)) == [True, True]
     for one in conversations[:7]:
         (tokens,) = tokenizer.tokenize([one], 2048)
-        x = model.read(torch.from_numpy(tokens.ids).long()[None])[encoder.hook_point][0]
+        x = model.read(torch.from_numpy(tokens.ids).long()[None])[encoder.hook_point][0]  # pyright: ignore[reportAttributeAccessIssue]
         z = encoder.encode(x)
-        said = z[torch.from_numpy(tokens.response)]
+        said = z[torch.from_numpy(tokens.response)]  # pyright: ignore[reportAttributeAccessIssue]
         row, dense = pooled[one.id], np.zeros(encoder.d_sae)
         dense[row.latents] = row.means
         np.testing.assert_allclose(dense, said.mean(0).numpy(), rtol=1e-4, atol=1e-5)
         dense[row.latents] = row.first
         np.testing.assert_allclose(dense, z[0].numpy(), rtol=1e-4, atol=1e-5)
-        assert row.num_tokens == tokens.response.sum()
+        assert row.num_tokens == tokens.response.sum()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def test_workers_give_the_same_rows_in_the_same_order(ray_cluster, work, tiny_pool):
