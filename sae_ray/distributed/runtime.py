@@ -141,7 +141,7 @@ def require_shared(paths: Sequence[str]) -> None:
     local = [path for path in paths if isinstance(locate(path)[0], LocalFileSystem)]
     if len(nodes) < 2 or not local:
         return
-    look = ray.remote(num_cpus=0, max_retries=1)(_unseen)
+    look = ray.remote(num_cpus=0, max_retries=1)(unseen_paths)
     asked = [
         look.options(
             scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
@@ -157,5 +157,6 @@ def require_shared(paths: Sequence[str]) -> None:
             )
 
 
-def _unseen(paths: Sequence[str]) -> list[str]:
+def unseen_paths(paths: Sequence[str]) -> list[str]:
+    """Return which local paths are not there on this machine."""
     return [path for path in paths if not Path(locate(path)[1]).exists()]
