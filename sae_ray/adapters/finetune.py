@@ -288,7 +288,7 @@ class Finetuning:
         """Workers that are all given the same rows learn from a part of them alone."""
         if self._gather is None or self.world.count == 1 or number > 1:
             return
-        mine = self.trainer.data_collator.digests  # pyright: ignore[reportAttributeAccessIssue]
+        mine = self.trainer.data_collator.digests  # pyright: ignore[reportFunctionMemberAccess, reportAttributeAccessIssue]
         seen = self._gather([mine])
         assert len({json.dumps(one) for one in seen}) > 1, "every worker was given the same rows"
 
