@@ -35,6 +35,7 @@ from sae_ray.artifacts import (
     begin,
     finish,
     inspect,
+    locate,
     open_artifact,
     read_file,
     write_atomically,
@@ -137,11 +138,12 @@ class ExpertMaker:
     @property
     def _selection(self) -> Manifest | None:
         data = self.settings.data
-        try:
-            read_file(f"{data}/profile.json")
-        except (FileNotFoundError, NotADirectoryError):
+        if data is None:
             return None
-        return open_artifact(str(data), "selection")
+        fs, root = locate(data)
+        if not fs.isfile(f"{root}/profile.json"):
+            return None
+        return open_artifact(data, "selection")
 
     @property
     def _saes(self) -> list[str]:

@@ -31,8 +31,9 @@ def examine(adapters: Mapping[str, str | Path], *, num_questions: int = 40) -> M
         with quiet_loading():
             model = AutoModelForCausalLM.from_pretrained(tiny.lm_path(), dtype=torch.float32)
             if adapter is not None:
-                model = PeftModel.from_pretrained(model, str(adapter))
-        marks[name] = accuracies(model, tokenizer, rows)  # pyright: ignore[reportArgumentType]
+                # The adapter's layers are in the base model from here on.
+                model = PeftModel.from_pretrained(model, str(adapter)).get_base_model()
+        marks[name] = accuracies(model, tokenizer, rows)
     return marks
 
 

@@ -84,7 +84,7 @@ def test_what_cannot_be_learnt_from_leaves_its_folder_free(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path, out = tmp_path / "pool.jsonl", tmp_path / "out"
-    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "word " * 400}]
+    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "word " * 800}]
     path.write_text("\n".join(json.dumps({"messages": chat, "id": i}) for i in range(20)))
     assert run(f"--data={path}", f"--out={out}", "--num_workers=0") == 2
     assert "reply longer than the context: 20" in capsys.readouterr().err
