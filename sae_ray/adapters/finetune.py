@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
-from sae_ray.adapters.attach import AdapterSpec
+from sae_ray.adapters.attach import AdapterSpec, share_penalties
 from sae_ray.adapters.examples import Example, PairExample
 from sae_ray.adapters.loading import adapted, count, load_causal
 from sae_ray.adapters.objectives import (
@@ -146,7 +147,9 @@ class Finetuning:
         torch.manual_seed(recipe.seed)
         self.model = adapted(base, adapter, start_from)
         reference = load_causal(lm, dtype) if full and recipe.objective == "dpo" else None
-        micro, _ = recipe.micro_rows_for(self.world.count)
+        micro, accumulated = recipe.micro_rows_for(self.world.count)
+        if isinstance(self.model, PeftModel):
+            share_penalties(self.model, accumulated)
         near = Retain(material.retain, recipe.retain_weight, micro, recipe.seed, self.world)
         with by_its_old_name():
             self.trainer = make_trainer(
