@@ -6,7 +6,6 @@ found count by how much they are like them; dropped rows count against.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
 
 import numpy as np
 from jaxtyping import Float32, Float64, Int64
@@ -21,8 +20,6 @@ NUM_JUDGED = 100
 """Rows found first by the words that the model is asked about; of a small pool, a twentieth."""
 MIN_LEFT = 0.05
 """Share of the found rows' weight that must be left when rows like dropped ones are taken off."""
-WORD_ROWS = 10
-"""Rows that each word of a description may find by itself."""
 NEAR = 0.95
 """Quantile of the pool above which a row is near a direction."""
 
@@ -35,8 +32,6 @@ class ProfileSettings:
     """Rows that the description's words may find; a sample stands for those after them."""
     seed_sharpness: float = 3.0
     """Exponent of a seed's lexical score in its weight."""
-    word_weight: float = 1.0
-    """Weight of where the words lie one by one beside the seeds' centroid."""
     description_weight: float = 0.1
     """Weight of the description's own state beside the seeds' centroid; 0 never loads the model."""
     label_weight: float = 0.5
@@ -67,27 +62,23 @@ class Channel:
     mass: float
 
 
-@functools.lru_cache(maxsize=1)  # seeds, words and score ask for the same sentence in turn
-def word_scores(index: FeatureIndex, text: str) -> Float32[np.ndarray, "words num_rows"]:
-    """Return BM25 of each of a text's words where requests are said, by its best spelling."""
-    found = [
-        np.max([index.request_scores({one: 1.0}) for one in spellings(term)], axis=0)
-        for term in task_terms(text)
-    ]
-    scores = np.array(found, dtype=np.float32).reshape(len(found), index.num_rows)
-    scores.flags.writeable = False
-    return scores
-
-
+@functools.lru_cache(maxsize=1)  # the seeds ask, and the score of the same sentence asks again
 def lexical_evidence(index: FeatureIndex, text: str) -> Float32[np.ndarray, " num_rows"]:
     """Return BM25 of a text's words where requests are said, times the root of the share held.
 
     s(d) = sum_t BM25(t, d) * sqrt(|{t in d}| / |{t}|), where a word is the best of its spellings.
     Rows that hold *many* of the words come first: one rare word alone finds a row about anything.
     """
-    scores = word_scores(index, text)
-    held = (scores > 0).sum(0).astype(np.float32)
-    return scores.sum(0) * np.sqrt(held / max(len(scores), 1))
+    terms = task_terms(text)
+    total = np.zeros(index.num_rows, dtype=np.float32)
+    held = np.zeros(index.num_rows, dtype=np.float32)
+    for term in terms:
+        found = np.max([index.request_scores({one: 1.0}) for one in spellings(term)], axis=0)
+        total += found
+        held += found > 0
+    total *= np.sqrt(held / max(len(terms), 1))
+    total.flags.writeable = False
+    return total
 
 
 def found_rows(
@@ -97,44 +88,7 @@ def found_rows(
     evidence, sample = lexical_evidence(index, task), index.background.rows
     seeds = strongest(evidence, settings.num_seeds, settings.seed_sharpness, sample)
     judged = min(NUM_JUDGED, settings.num_seeds, max(1, index.num_rows // 20), len(seeds.rows))
-    means = functools.partial(index.take, means_only=True)
-    return _take(index, seeds.rows, means), seeds.weights, judged
-
-
-def word_direction(
-    index: FeatureIndex, task: str, drops: IndexBlock | None
-) -> Float32[np.ndarray, " r"]:
-    """Return where rows lie that hold the description's words, each word for itself.
-
-    u = unit(sum_t idf_t a_t u_t), where u_t leads from the pool's middle to the rows that hold word
-    t (its first ten, and a sample for the rest), idf_t = log(num_rows / rows that hold it), and a_t
-    is the mean cosine of u_t with the other words' u: a word that alone means something else counts
-    for little. Rows that hold many of the words are often of one odd kind; their words are not.
-    """
-    space, scores = index.space, word_scores(index, task)
-    scores = scores[(scores > 0).any(1)]
-    if not len(scores):
-        return np.zeros_like(space.centre)
-    found = [strongest(one, WORD_ROWS, 1.0, index.background.rows) for one in scores]
-    rows = np.unique(np.concatenate([seeds.rows for seeds in found]))
-    x = space.project(_take(index, rows, index.take_hidden))
-    weights = np.zeros((len(found), len(rows)), dtype=np.float32)
-    for mine, seeds in zip(weights, found, strict=True):
-        mine[np.searchsorted(rows, seeds.rows)] = seeds.weights
-    if drops is not None:
-        weights *= _unlike(x, space.project(drops))
-    weights /= np.maximum(weights.sum(1, keepdims=True), 1e-9)
-    each = unit(weights @ x - space.centre)
-    idf = np.log((index.num_rows + 1) / ((scores > 0).sum(1) + 0.5))
-    agree = np.maximum((each @ each.T).sum(1) - 1, 0.01) if len(each) > 1 else 1.0
-    return unit((idf * agree).astype(np.float32) @ each)
-
-
-def _unlike(
-    x: Float32[np.ndarray, "n r"], dropped: Float32[np.ndarray, "m r"]
-) -> Float32[np.ndarray, " n"]:
-    """Return 1 for rows that are like no dropped one, down to 0 for those that are one."""
-    return (1 - np.clip(x @ dropped.T, 0, 1).max(1)) ** 2
+    return _take(index, seeds.rows), seeds.weights, judged
 
 
 def given_channels(
@@ -174,7 +128,7 @@ def lexical_channel(
     """
     here = space.project(block)
     if drops is not None:
-        weights = weights * _unlike(here, space.project(drops))
+        weights = weights * (1 - np.clip(here @ space.project(drops).T, 0, 1).max(1)) ** 2
         if weights.sum() < MIN_LEFT:
             return None
     if given:
@@ -186,17 +140,13 @@ def lexical_channel(
     return Channel("lexical", block, True, weights, mass)
 
 
-def _take(
-    index: FeatureIndex,
-    rows: Int64[np.ndarray, " n"],
-    read: Callable[[Sequence[int]], IndexBlock],
-) -> IndexBlock:
+def _take(index: FeatureIndex, rows: Int64[np.ndarray, " n"]) -> IndexBlock:
     """Return rows, those of the background from where they are at hand."""
     background = index.background
     place = {int(row): i for i, row in enumerate(background.rows)}
     far = [row for row in rows.tolist() if row not in place]
     near = background.take([place[row] for row in rows.tolist() if row in place])
-    joined = IndexBlock.concatenate([read(far), near]) if far else near
+    joined = IndexBlock.concatenate([index.take(far, means_only=True), near]) if far else near
     where = {int(row): i for i, row in enumerate(joined.rows)}
     return joined.take([where[row] for row in rows.tolist()])
 
@@ -204,7 +154,6 @@ def _take(
 def direction_of(
     space: HiddenSpace,
     channels: list[Channel],
-    words: Float32[np.ndarray, " r"],
     own: IndexBlock | None,
     drops: IndexBlock | None,
     trusted: float,
@@ -212,10 +161,9 @@ def direction_of(
 ) -> Float32[np.ndarray, " r"]:
     """Return the direction in which a task lies from the pool's middle.
 
-    d = M ((unit(s - c) + word_weight u) / (1 + trusted) ** 1.5 + unit(g - c) + own state
-           - drop_weight unit(r - c)),
+    d = M (unit(s - c) / (1 + trusted) ** 1.5 + unit(g - c) + own state - drop_weight unit(r - c)),
     with the centroids s of the rows that words found, g given and r dropped, the background's mean
-    c, the `word_direction` u, and the inverse M of its ridged covariance.
+    c, and the inverse M of its ridged covariance.
     """
     fade = (1 + trusted) ** -1.5
 
@@ -227,7 +175,7 @@ def direction_of(
     for channel in channels:
         centroid = channel.weights.astype(np.float32) @ space.project(channel.block)
         if channel.name == "lexical":
-            total += fade * (away(centroid) + np.float32(settings.word_weight) * words)
+            total += fade * away(centroid)
         else:
             given += np.float32(channel.mass / trusted) * centroid
     if trusted:

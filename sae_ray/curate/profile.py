@@ -28,7 +28,6 @@ from sae_ray.curate.evidence import (
     found_rows,
     given_channels,
     lexical_channel,
-    word_direction,
 )
 from sae_ray.curate.index import FeatureIndex
 from sae_ray.curate.seeds import query_terms
@@ -168,8 +167,7 @@ def build_profile(
         words = lexical_channel(found, weights, space, drops, channels, trusted)
         channels = [words, *channels] if words else channels
     own = index.describe(task) if settings.description_weight > 0 else None
-    by_word = word_direction(index, task, drops)
-    direction = direction_of(space, channels, by_word, own, drops, trusted, settings)
+    direction = direction_of(space, channels, own, drops, trusted, settings)
     agreement = agreement_of(space, index.background, channels, found.take(range(judged)))
     why, warnings = doubts_of(task, space, channels, agreement, trusted, settings)
     return Profile(

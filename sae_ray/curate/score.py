@@ -3,7 +3,7 @@
     latents   Σ_g w_g [a latent of group g is on]
     hidden    cosine of the mean hidden state with the profile's direction
     lexical   the description's words, fading as a person gives rows
-    fused     0.25 z(latents) + z(hidden) + 0.15 / (1 + given) z(lexical)
+    fused     0.5 z(latents) + z(hidden) + 0.3 / (1 + given) z(lexical)
 
 z is taken over the background rows, so that a row's score does not wait for the others. Of every
 row a few numbers are kept, and whole blocks only of the best candidates. By name there are also
@@ -24,8 +24,8 @@ from sae_ray.curate.space import HiddenSpace
 
 ScorerName = Literal["fused", "latents", "hidden", "sum_topk", "jaccard", "max", "cosine"]
 
-LATENT_WEIGHT = 0.25
-LEXICAL_WEIGHT = 0.15
+LATENT_WEIGHT = 0.5
+LEXICAL_WEIGHT = 0.3
 TOP_LATENTS = 32
 """Latents that `sum_topk` adds up."""
 _DECIMALS = 5

@@ -6,11 +6,10 @@ import pytest
 from numpy.testing import assert_array_equal
 
 from sae_ray.curate.concepts import groups_of, log_odds, rows_on
-from sae_ray.curate.evidence import ProfileSettings, lexical_evidence, word_direction
+from sae_ray.curate.evidence import ProfileSettings, lexical_evidence
 from sae_ray.curate.profile import Profile, build_profile
 from sae_ray.curate.score import contributions, score_pool
 from sae_ray.curate.seeds import query_terms, spellings
-from sae_ray.curate.space import unit
 from sae_ray.errors import TaskError
 from tests.sae_ray.curate.planted import D_SAE, PARENTS, Planted
 
@@ -230,38 +229,6 @@ def test_latents_of_the_same_rows_are_one_group(planted: Planted) -> None:
     on[:, 50] = on[:, 51]
     sparse = rows_on(planted.index.background, planted.index.stats.on_threshold)
     assert len(set(groups_of(np.array([50, 51, 52]), type(sparse)(on), None))) == 2
-
-
-def towards(planted: Planted, task: str, direction: np.ndarray) -> float:
-    """Return the cosine of a direction with where a task's rows lie."""
-    space = planted.index.space
-    rows = planted.index.take(np.flatnonzero(planted.relevant(task)))
-    return float(direction @ unit(space.project(rows).mean(0) - space.centre))
-
-
-def test_a_word_that_lies_elsewhere_than_the_others_counts_for_little(planted: Planted) -> None:
-    index = planted.index
-    alone = towards(planted, "sailing", word_direction(index, "harbour", None))
-    assert alone > 0.5
-    task = "Bread dough, flour, an oven and a harbour"
-    together = word_direction(index, task, None)
-    assert np.linalg.norm(together) == pytest.approx(1, abs=1e-5)
-    assert towards(planted, "baking", together) > 0.7
-    # A fifth of the words, and less than a fifth of the way.
-    assert towards(planted, "sailing", together) < alone / 5
-
-
-def test_a_word_of_dropped_rows_leads_nowhere_near_them(planted: Planted) -> None:
-    index, task = planted.index, "Bread and a harbour"
-    dropped = index.take(np.flatnonzero(planted.relevant("sailing"))[:20])
-    before, after = (
-        towards(planted, "baking", word_direction(index, task, drops)) for drops in (None, dropped)
-    )
-    assert after > before
-
-
-def test_words_that_no_row_holds_lead_nowhere(planted: Planted) -> None:
-    assert not word_direction(planted.index, "Zebra quagga", None).any()
 
 
 def test_words_are_looked_for_in_other_spellings() -> None:
