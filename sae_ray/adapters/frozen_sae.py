@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sae_ray.errors import ModelError
-from sae_ray.sae.encoder import LatentEncoder, normalise, scale_of
+from sae_ray.sae.encoder import InputNorm, LatentEncoder, normalise, scale_of
 
 
 class FrozenSae(nn.Module):
@@ -29,7 +29,12 @@ class FrozenSae(nn.Module):
     chosen: Tensor | None
 
     def __init__(
-        self, encoder: LatentEncoder, latents: Sequence[int] | None, *, reads: bool
+        self,
+        encoder: LatentEncoder,
+        latents: Sequence[int] | None,
+        *,
+        reads: bool,
+        identity: tuple[object, ...] = (),
     ) -> None:
         """Keep what is needed of a SAE.
 
@@ -37,11 +42,13 @@ class FrozenSae(nn.Module):
             encoder: of the SAE, in fp32.
             latents: that may change; None for all of them.
             reads: whether latents are encoded, or only written.
+            identity: whose weights these are, and which of them.
 
         Raises:
             ModelError: it is a transcoder, or has no such latent.
         """
         super().__init__()
+        self.identity = identity
         if encoder.is_transcoder:
             raise ModelError("a transcoder writes elsewhere than it reads: give a SAE")
         chosen = None if latents is None else torch.as_tensor(latents, dtype=torch.long)
@@ -50,7 +57,7 @@ class FrozenSae(nn.Module):
                 f"latents {int(chosen.min())} to {int(chosen.max())} are asked for, and the SAE "
                 f"has 0 to {encoder.d_sae - 1}: give some of these"
             )
-        self.input_norm = encoder.input_norm
+        self.input_norm: InputNorm = encoder.input_norm
         self.k = encoder.k
         W_dec = encoder.W_dec if chosen is None else encoder.W_dec[chosen]
         self._keep("W_dec", W_dec)

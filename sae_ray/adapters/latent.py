@@ -14,6 +14,7 @@ Source: PEFT 0.21, `tuners/tuners_utils.py`; the rules are those of its `BaseTun
 
 import contextlib
 import dataclasses
+import functools
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -29,7 +30,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from sae_ray.adapters.edits import LATENT_KINDS, LatentEdit
+from sae_ray.adapters.edits import LATENT_KINDS, LatentEdit, LatentKind
 from sae_ray.adapters.frozen_sae import FrozenSae
 from sae_ray.adapters.merging import Biases, bias_of
 from sae_ray.adapters.positions import Positions, Where
@@ -64,11 +65,11 @@ PEFT_TYPE = _member(NAME)
 class LatentConfig(PeftConfig):
     """What is trained, and where; saved by PEFT as `adapter_config.json`."""
 
-    kind: str = "steering"
+    kind: LatentKind = "steering"
     sites: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     """For each hook point: hook_point, sae (folder or release:sae_id), fingerprint (SHA-256 of its
     weights), latents (a list, or null for all)."""
-    positions: str = "all"
+    positions: Where = "all"
     """Tokens that are edited: all, non_bos, completion."""
     hidden: int = 0
     """Units of a residual edit."""
@@ -88,6 +89,8 @@ class LatentLayer(nn.Module, BaseTunerLayer):
     """The edits of all adapters at one hook point, by adapter."""
 
     adapter_layer_names = ("latent_edit",)
+    handle: RemovableHandle
+    """Of the hook by which the module calls it."""
 
     def __init__(self, point: HookPoint, positions: Positions, biases: Biases) -> None:
         super().__init__()
@@ -101,7 +104,6 @@ class LatentLayer(nn.Module, BaseTunerLayer):
         """At which tokens each adapter acts."""
         self.rows: list[str] | None = None
         """The adapter of each row of the batch, where rows have different ones."""
-        self.handle: RemovableHandle | None = None
         self.merged_adapters = []
         self._active_adapter = []
 
@@ -120,7 +122,7 @@ class LatentLayer(nn.Module, BaseTunerLayer):
         if self.disable_adapters or not names:
             return x
         changes = [self.latent_edit[name](x, self._mask(name, x)) for name in names]
-        return x + sum(changes[1:], start=changes[0]).to(x.dtype)
+        return x + functools.reduce(torch.add, changes).to(x.dtype)
 
     def _mask(self, name: str, x: Tensor) -> Tensor | None:
         mask = self.positions.mask(self.where[name])
@@ -265,7 +267,7 @@ class LatentModel(BaseTuner):
         for _, _, layer in self.layers():
             layer.unmerge()
 
-    def _unload_and_optionally_merge(
+    def _unload_and_optionally_merge(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         merge: bool = True,
         progressbar: bool = False,
@@ -353,10 +355,9 @@ def _edit(
     latents = site["latents"]
     identity = (site["fingerprint"], reads, None if latents is None else tuple(latents))
     saes = {layer.edit(name).sae.identity: layer.edit(name).sae for name in layer.latent_edit}
-    sae = saes.get(identity)
-    if sae is None:
-        sae = FrozenSae(load_checked(site["sae"], site["fingerprint"], point), latents, reads=reads)
-        sae.identity = identity
+    if (sae := saes.get(identity)) is None:
+        encoder = load_checked(site["sae"], site["fingerprint"], point)
+        sae = FrozenSae(encoder, latents, reads=reads, identity=identity)
     return LatentEdit(
         config.kind, sae, hidden=config.hidden, l1=config.l1, edit_penalty=config.edit_penalty
     )
