@@ -141,10 +141,11 @@ def config_of(spec: AdapterSpec) -> PeftConfig:
     if spec.kind == "lora":
         return LoraConfig(
             r=spec.r,
-            lora_alpha=spec.r if spec.alpha is None else spec.alpha,  # pyright: ignore[reportArgumentType]
+            lora_alpha=spec.r if spec.alpha is None else spec.alpha,  # pyright: ignore
             target_modules="all-linear" if spec.targets is None else list(spec.targets),
             task_type="CAUSAL_LM",
         )
+    assert spec.kind != "subspace", "that has a configuration of its own"
     points = spec.hook_points or tuple(str(load_encoder(sae).hook_point) for sae in spec.sae)
     sites = [
         {
@@ -157,7 +158,7 @@ def config_of(spec: AdapterSpec) -> PeftConfig:
     ]
     return LatentConfig(
         task_type="CAUSAL_LM",
-        kind=spec.kind,  # pyright: ignore[reportArgumentType]
+        kind=spec.kind,
         sites=sites,
         positions=spec.positions,
         hidden=spec.hidden if spec.kind == "residual" else 0,

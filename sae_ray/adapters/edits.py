@@ -136,6 +136,6 @@ class _Penalised(torch.autograd.Function):
         return value.view_as(value)
 
     @staticmethod
-    def backward(ctx, grad_output: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx, grad_output: Tensor) -> tuple[Tensor, None]:  # pyright: ignore
         (gradient,) = ctx.saved_tensors
         return grad_output + gradient, None

@@ -11,6 +11,16 @@ from torch.nn.utils import parametrize
 Factor = Literal["lora_A", "lora_B"]
 
 
+def factors(
+    layer: LoraLayer, name: str
+) -> tuple[Float[Tensor, "r d_in"], Float[Tensor, "d_out r"]]:
+    """Return lora_A and lora_B of an adapter."""
+    A, B = layer.lora_A[name].weight, layer.lora_B[name].weight
+    assert isinstance(A, Tensor)
+    assert isinstance(B, Tensor)
+    return A, B
+
+
 def freeze_factor(layer: LoraLayer, factor: Factor, name: str) -> None:
     """Freeze a factor of an adapter so that it stays so.
 
@@ -26,10 +36,11 @@ def freeze_factor(layer: LoraLayer, factor: Factor, name: str) -> None:
 class Core(nn.Module):
     """weight = left R: only R is trained, and left R is what is saved and loaded."""
 
+    left: Tensor
+    inverse: Tensor
+
     def __init__(self, left: Float[Tensor, "out r"]) -> None:
         super().__init__()
-        self.left: Tensor
-        self.inverse: Tensor
         self.register_buffer("left", left, persistent=False)
         self.register_buffer("inverse", torch.linalg.pinv(left), persistent=False)
 
@@ -66,8 +77,9 @@ def _as_plain(module: nn.Module, state: dict, prefix: str, _local: object) -> No
 
 def _as_core(module: nn.Module, state: dict, prefix: str, *_rest: object) -> None:
     if f"{prefix}weight" in state:
-        (core,) = module.parametrizations["weight"]  # pyright: ignore[reportArgumentType, reportIndexIssue]
-        state[f"{prefix}{_CORE}"] = core.right_inverse(state.pop(f"{prefix}weight"))  # pyright: ignore[reportAttributeAccessIssue]
+        core = module.get_submodule("parametrizations.weight.0")
+        assert isinstance(core, Core)
+        state[f"{prefix}{_CORE}"] = core.right_inverse(state.pop(f"{prefix}weight"))
 
 
 def lean_to(
@@ -82,9 +94,7 @@ def lean_to(
     Both factors must be whole in the backward pass: up to ZeRO-2.
     """
     Q = torch.linalg.qr(directions.float())[0]
-    A, B = layer.lora_A[name].weight, layer.lora_B[name].weight
-    assert isinstance(A, Tensor)
-    assert isinstance(B, Tensor)
+    A, B = factors(layer, name)
 
     def outside(one: Tensor) -> Tensor:
         return one - Q.to(one) @ (Q.to(one).T @ one)

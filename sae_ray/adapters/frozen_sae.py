@@ -29,7 +29,12 @@ class FrozenSae(nn.Module):
     chosen: Tensor | None
 
     def __init__(
-        self, encoder: LatentEncoder, latents: Sequence[int] | None, *, reads: bool
+        self,
+        encoder: LatentEncoder,
+        latents: Sequence[int] | None,
+        *,
+        reads: bool,
+        identity: tuple[object, ...] = (),
     ) -> None:
         """Keep what is needed of a SAE.
 
@@ -37,11 +42,13 @@ class FrozenSae(nn.Module):
             encoder: of the SAE, in fp32.
             latents: that may change; None for all of them.
             reads: whether latents are encoded, or only written.
+            identity: whose weights these are, and which of them.
 
         Raises:
             ModelError: it is a transcoder, or has no such latent.
         """
         super().__init__()
+        self.identity = identity
         if encoder.is_transcoder:
             raise ModelError("a transcoder writes elsewhere than it reads: give a SAE")
         chosen = None if latents is None else torch.as_tensor(latents, dtype=torch.long)

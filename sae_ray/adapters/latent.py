@@ -89,6 +89,8 @@ class LatentLayer(nn.Module, BaseTunerLayer):
     """The edits of all adapters at one hook point, by adapter."""
 
     adapter_layer_names = ("latent_edit",)
+    handle: RemovableHandle
+    """Of the hook by which the module calls it."""
 
     def __init__(self, point: HookPoint, positions: Positions, biases: Biases) -> None:
         super().__init__()
@@ -102,7 +104,6 @@ class LatentLayer(nn.Module, BaseTunerLayer):
         """At which tokens each adapter acts."""
         self.rows: list[str] | None = None
         """The adapter of each row of the batch, where rows have different ones."""
-        self.handle: RemovableHandle | None = None
         self.merged_adapters = []
         self._active_adapter = []
 
@@ -120,8 +121,8 @@ class LatentLayer(nn.Module, BaseTunerLayer):
         ]
         if self.disable_adapters or not names:
             return x
-        first, *more = (self.edit(name)(x, self._mask(name, x)) for name in names)
-        return x + functools.reduce(torch.add, more, first).to(x.dtype)
+        changes = [self.latent_edit[name](x, self._mask(name, x)) for name in names]
+        return x + functools.reduce(torch.add, changes).to(x.dtype)
 
     def _mask(self, name: str, x: Tensor) -> Tensor | None:
         mask = self.positions.mask(self.where[name])
@@ -278,7 +279,6 @@ class LatentModel(BaseTuner):
         else:
             self.unmerge_adapter()
         for host, name, layer in self.layers():
-            assert layer.handle is not None
             layer.handle.remove()
             delattr(host, name)
         self.positions.unwatch()
@@ -355,10 +355,9 @@ def _edit(
     latents = site["latents"]
     identity = (site["fingerprint"], reads, None if latents is None else tuple(latents))
     saes = {layer.edit(name).sae.identity: layer.edit(name).sae for name in layer.latent_edit}
-    sae = saes.get(identity)  # pyright: ignore[reportArgumentType]
-    if sae is None:
-        sae = FrozenSae(load_checked(site["sae"], site["fingerprint"], point), latents, reads=reads)
-        sae.identity = identity  # pyright: ignore[reportArgumentType]
+    if (sae := saes.get(identity)) is None:
+        encoder = load_checked(site["sae"], site["fingerprint"], point)
+        sae = FrozenSae(encoder, latents, reads=reads, identity=identity)
     return LatentEdit(
         config.kind, sae, hidden=config.hidden, l1=config.l1, edit_penalty=config.edit_penalty
     )

@@ -35,7 +35,7 @@ from transformers import PreTrainedModel
 
 from sae_ray.adapters.basis import DEFAULT, Basis, BasisRule, build_basis
 from sae_ray.adapters.contrast import Contrast, Score
-from sae_ray.adapters.factors import Core, freeze_factor, lean_to
+from sae_ray.adapters.factors import Core, factors, freeze_factor, lean_to
 from sae_ray.adapters.projections import (
     PROJECTIONS,
     Projection,
@@ -273,14 +273,14 @@ def lora_layers(
 
 @torch.no_grad()
 def _fill(adapted: PeftModel, place: Place, layer: LoraLayer, U: Tensor, name: str) -> None:
-    A, B = layer.lora_A[name].weight, layer.lora_B[name].weight
+    A, B = factors(layer, name)
     folded = _folded(adapted, place, U)
     if place.side == "writers":
-        A.zero_()  # pyright: ignore[reportCallIssue]
-        B.copy_(folded)  # pyright: ignore[reportCallIssue]
+        A.zero_()
+        B.copy_(folded)
     else:
-        A.copy_(folded.T)  # pyright: ignore[reportCallIssue]
-        B.zero_()  # pyright: ignore[reportCallIssue]
+        A.copy_(folded.T)
+        B.zero_()
 
 
 def _folded(adapted: PeftModel, place: Place, U: Float[Tensor, "d_model r"]) -> Tensor:
@@ -304,12 +304,12 @@ def _make_core(place: Place, layer: LoraLayer, U: Tensor, name: str, adapted: Pe
         )
     W = weight.float() if isinstance(base, nn.Linear) else weight.float().T
     r = U.shape[1]
-    A, B = layer.lora_A[name].weight, layer.lora_B[name]
+    A, B = factors(layer, name)
     if place.side == "writers":
         left = _folded(adapted, place, U)
-        if not A.any():  # new, and not loaded: nothing is written yet  # pyright: ignore[reportCallIssue]
-            B.weight.zero_()  # pyright: ignore[reportCallIssue]
-            A.copy_(torch.linalg.svd(U.T.to(W) @ W, full_matrices=False)[2][:r])  # pyright: ignore[reportCallIssue]
+        if not A.any():  # new, and not loaded: nothing is written yet
+            B.zero_()
+            A.copy_(torch.linalg.svd(U.T.to(W) @ W, full_matrices=False)[2][:r])
     else:
         left = torch.linalg.svd(W @ U.to(W), full_matrices=False)[0][:, :r]
-    Core.put_on(B, left)
+    Core.put_on(layer.lora_B[name], left)
