@@ -20,7 +20,12 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers import (
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+)
 
 from sae_ray.adapters.attach import AdapterSpec, share_penalties
 from sae_ray.adapters.examples import Example, PairExample
@@ -134,9 +139,6 @@ class Finetuning:
         self.total = num_steps(recipe, len(material.train))
         args = arguments(recipe, folder, self.total, self.world)  # before the model: see there
         self.tokenizer = ChatTokenizer.load(lm)
-        tokenizer = self.tokenizer.tokenizer
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token
         if retained := bool(material.retain) and recipe.retain_weight > 0:
             require_adapter(adapter or start_from, "retain_weight")
         full = adapter is None and start_from is None
@@ -156,7 +158,7 @@ class Finetuning:
                 recipe,
                 args,
                 self.model,
-                tokenizer,
+                with_pad(self.tokenizer.tokenizer),
                 material.train,
                 retain=near if retained else None,
                 reference=reference,
@@ -334,6 +336,13 @@ class _Teller(TrainerCallback):
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         folder.mkdir(parents=True, exist_ok=True)
         self._happened(_Event("saved", state.global_step, folder=folder))
+
+
+def with_pad(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Let a tokenizer that pads with nothing pad with its last token: no loss looks there."""
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
 
 
 def require_adapter(adapter: object, setting: str) -> None:
