@@ -44,25 +44,29 @@ def grams_of(part: Slice, *, plain_text: bool) -> Grams:
 
 def _shared(slices: Sequence[Slice], *, plain_text: bool) -> Grams:
     num_rows = sum(part.num_rows for part in slices)
-    num_ranges = np.uint64(max(1, num_rows * _PAIRS_PER_ROW // _PAIRS_PER_RANGE))
-
-    def read(batch: Columns) -> Columns:
-        parts = [Slice(**json.loads(one)) for one in batch["slice"]]
-        found = Grams.joined([grams_of(part, plain_text=plain_text) for part in parts])
-        return {"range": (found.grams % num_ranges).astype(np.int64), **_columns(found)}
-
-    def keep_shared(group: Columns) -> Columns:
-        return _columns(_grams(group).shared())
-
+    num_ranges = max(1, num_rows * _PAIRS_PER_ROW // _PAIRS_PER_RANGE)
     rows = [{"slice": json.dumps(dataclasses.asdict(part))} for part in slices]
     pairs = (
         ray.data.from_items(rows, override_num_blocks=len(rows))
-        .map_batches(read, batch_size=1)
+        .map_batches(
+            _ranged, batch_size=1, fn_kwargs={"plain_text": plain_text, "num_ranges": num_ranges}
+        )
         .groupby("range")
-        .map_groups(keep_shared, batch_format="numpy")
+        .map_groups(_keep_shared, batch_format="numpy")
     )
     batches = pairs.iter_batches(batch_size=None, batch_format="numpy")
     return Grams.joined([Grams.of([]), *(_grams(one) for one in batches if len(one))])
+
+
+def _ranged(batch: Columns, plain_text: bool, num_ranges: int) -> Columns:
+    """Read slices into n-grams, each with the range that its hash falls into."""
+    parts = [Slice(**json.loads(one)) for one in batch["slice"]]
+    found = Grams.joined([grams_of(part, plain_text=plain_text) for part in parts])
+    return {"range": (found.grams % np.uint64(num_ranges)).astype(np.int64), **_columns(found)}
+
+
+def _keep_shared(group: Columns) -> Columns:
+    return _columns(_grams(group).shared())
 
 
 def _columns(found: Grams) -> Columns:
