@@ -49,7 +49,9 @@ def _shared(slices: Sequence[Slice], *, plain_text: bool) -> Grams:
     pairs = (
         ray.data.from_items(rows, override_num_blocks=len(rows))
         .map_batches(
-            _ranged, batch_size=1, fn_kwargs={"plain_text": plain_text, "num_ranges": num_ranges}
+            _ranged,  # pyright: ignore[reportArgumentType]
+            batch_size=1,
+            fn_kwargs={"plain_text": plain_text, "num_ranges": num_ranges},
         )
         .groupby("range")
         .map_groups(_keep_shared, batch_format="numpy")

@@ -33,7 +33,7 @@ def examine(adapters: Mapping[str, str | Path], *, num_questions: int = 40) -> M
             if adapter is not None:
                 # The adapter's layers are in the base model from here on.
                 model = PeftModel.from_pretrained(model, str(adapter)).get_base_model()
-        marks[name] = accuracies(model, tokenizer, rows)
+        marks[name] = accuracies(model, tokenizer, rows)  # pyright: ignore[reportArgumentType]
     return marks
 
 

@@ -44,7 +44,7 @@ def trained(corr: bool) -> tuple[World, tuple[Tensor, Tensor, Tensor], Tensor]:
         optimizer.zero_grad()
         with torch.no_grad():
             W_dec /= W_dec.norm(dim=-1, keepdim=True)
-    unexplained = loss.item() / x.var(0).sum().item()
+    unexplained = loss.item() / x.var(0).sum().item()  # pyright: ignore[reportPossiblyUnboundVariable]
     assert unexplained < 0.12, "the SAE is to be a good one"
     return world, (W_enc.detach(), b_enc.detach(), b_dec.detach()), W_dec.detach()
 
@@ -65,8 +65,8 @@ def compared(corr: bool, num: int) -> tuple[World, Contrast, Tensor, float]:
 
 def share(corr: bool, num: int, k: int, score: str = "t", power: float = 0.0) -> float:
     world, found, W_dec, _ = compared(corr, num)
-    chosen = found.select(k, score)
-    scores = torch.from_numpy(found.scores(score)[chosen])
+    chosen = found.select(k, score)  # pyright: ignore[reportArgumentType]
+    scores = torch.from_numpy(found.scores(score)[chosen])  # pyright: ignore[reportArgumentType]
     rule = BasisRule(power=power, tau=1.0, r_max=R)
     basis = build_basis(W_dec, torch.from_numpy(chosen), scores, rule)
     return captured(basis.U.double().numpy(), world)
