@@ -20,7 +20,7 @@ from sae_ray.explain.curation import Curator
 
 ROOT = Path(__file__).parent.parent.parent
 NUM_SHARDS = 60
-DEADLINE_S = 110
+DEADLINE_S = 400
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
