@@ -15,11 +15,11 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 STAMP := .venv/.installed-$(shell cat requirements.lock pyproject.toml | cksum | cut -d ' ' -f 1)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test check lint format bench lock clean
+.PHONY: help venv quickstart test soak check lint format bench lock clean
 
 help:
 	@sed -n 's/^#   make/  make/p' Makefile
-	@echo "  make venv | check | lint | format | bench | lock | clean"
+	@echo "  make venv | check | soak | lint | format | bench | lock | clean"
 
 venv:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
@@ -34,7 +34,7 @@ $(STAMP):
 	[ -x $(BIN)/python ] || $(PYTHON) -m venv .venv
 	DS_BUILD_OPS=0 $(PIP) --no-compile -r requirements.lock
 	$(PIP) --no-deps --no-build-isolation -e .
-	DS_ACCELERATOR=cpu PYTHONDONTWRITEBYTECODE= $(BIN)/python -c 'import datasets, peft, ray.data, ray.serve, ray.train.torch, ray.tune, sae_lens, scipy.sparse, trl; from transformers import LlamaForCausalLM'
+	DS_ACCELERATOR=cpu PYTHONDONTWRITEBYTECODE= $(BIN)/python -c 'import datasets, deepspeed, peft, ray.data, ray.serve, ray.train.torch, ray.tune, sae_lens, scipy.sparse, scipy.stats, sklearn.cluster; from transformers import LlamaForCausalLM, Trainer; from trl import DPOTrainer, SFTTrainer'
 	@rm -f .venv/.installed-*
 	@touch $@
 
@@ -43,6 +43,10 @@ quickstart: venv
 
 test: venv
 	$(BIN)/python -m pytest $(ARGS)
+
+# Minutes each: experts of every kind over two workers, and workers and drivers that are killed.
+soak: venv
+	$(BIN)/python -m pytest -m soak $(ARGS)
 
 bench: venv
 	$(BIN)/python jobs/bench.py $(BENCH) $(ARGS)

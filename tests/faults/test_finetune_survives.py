@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 ROOT = Path(__file__).parent.parent.parent
 DEADLINE_S = 400
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.soak, pytest.mark.timeout(1500)]
 
 
 def command(pool: Path, lm: Path, out: Path) -> list[str]:

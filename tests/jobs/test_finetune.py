@@ -92,6 +92,7 @@ def test_what_cannot_be_learnt_from_leaves_its_folder_free(
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("objective", ["sft", "dpo"])
 @pytest.mark.parametrize("adapter", ADAPTERS)

@@ -96,7 +96,9 @@ def test_two_workers_equal_one_process(
         assert [r.nats for r in other.general] == pytest.approx([r.nats for r in one.general])
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize(
+    "stage", [0, *(pytest.param(stage, marks=pytest.mark.soak) for stage in (2, 3))]
+)
 def test_the_first_loss_of_dpo_is_ln_2_fresh_and_after_sft(
     ray_cluster: None, tiny_lm: Path, tmp_path: Path, sft: Material, dpo: Material, stage: int
 ) -> None:

@@ -133,6 +133,7 @@ def train_workers() -> Iterator[psutil.Process]:
             yield process
 
 
+@pytest.mark.soak
 def test_a_lost_worker_is_survived_and_the_weights_are_those_of_an_unbroken_run(
     task: Task, tmp_path: Path, ray_cluster: None
 ) -> None:
@@ -159,6 +160,7 @@ def test_a_lost_worker_is_survived_and_the_weights_are_those_of_an_unbroken_run(
     assert all(torch.equal(whole[name], broken[name]) for name in whole)
 
 
+@pytest.mark.soak
 def test_what_is_wrong_on_one_worker_ends_all_at_once(
     task: Task, tmp_path: Path, ray_cluster: None
 ) -> None:
