@@ -53,7 +53,7 @@ def _shared(slices: Sequence[Slice], *, plain_text: bool) -> Grams:
             batch_size=1,
             fn_kwargs={"plain_text": plain_text, "num_ranges": num_ranges},
         )
-        .groupby("range")
+        .groupby("range", num_partitions=num_ranges)
         .map_groups(_keep_shared, batch_format="numpy")
     )
     batches = pairs.iter_batches(batch_size=None, batch_format="numpy")
