@@ -73,6 +73,7 @@ def share(corr: bool, num: int, k: int, score: str = "t", power: float = 0.0) ->
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.timeout(900)
 def test_a_trained_sae_finds_most_of_the_span_and_not_more_with_more_examples():
     few, many = share(False, 200, R), share(False, 2000, R)
@@ -84,6 +85,7 @@ def test_a_trained_sae_finds_most_of_the_span_and_not_more_with_more_examples():
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.timeout(900)
 def test_where_features_are_correlated_t_and_the_sae_win():
     by_t, by_delta = (share(True, 2000, R, score) for score in ("t", "abs_delta"))
@@ -92,6 +94,7 @@ def test_where_features_are_correlated_t_and_the_sae_win():
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.timeout(900)
 def test_many_latents_need_weights():
     top = share(False, 2000, R)
