@@ -27,12 +27,14 @@ venv:
 	@if [ -e $(STAMP) ]; then echo "environment is up to date, nothing to install"; \
 	else $(MAKE) --no-print-directory $(STAMP); fi
 
-# torch is pinned by its release alone, so pip takes the build that the machine's package index
-# offers: the CPU's or CUDA's. DeepSpeed comes as source; its kernels are built when first used.
+# The lock is whole, so pip need not look for more (half a minute). torch is pinned by its release
+# alone, so pip takes the build that the machine's package index offers: the CPU's or CUDA's, which
+# then brings what it needs beside. DeepSpeed comes as source; its kernels are built when first used.
 # Compiling the bytecode of all packages would double the time: what is imported here will do.
 $(STAMP):
 	[ -x $(BIN)/python ] || $(PYTHON) -m venv .venv
-	DS_BUILD_OPS=0 $(PIP) --no-compile -r requirements.lock
+	DS_BUILD_OPS=0 $(PIP) --no-compile --no-deps -r requirements.lock
+	$(PIP) --no-compile "$$(grep '^torch==' requirements.lock)"
 	$(PIP) --no-deps --no-build-isolation -e .
 	DS_ACCELERATOR=cpu PYTHONDONTWRITEBYTECODE= $(BIN)/python -c 'import datasets, importlib.util, peft, ray.data, ray.serve, ray.train.torch, ray.tune, sae_lens, scipy.sparse, scipy.stats, sklearn.cluster; from transformers import LlamaForCausalLM, Trainer; from trl import DPOTrainer, SFTTrainer; importlib.util.find_spec("deepspeed") and __import__("deepspeed")'
 	@rm -f .venv/.installed-*

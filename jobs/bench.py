@@ -13,11 +13,7 @@ from rich.table import Table
 from sae_ray.config import JobConfig, OutputPath, run_job
 
 BENCHMARKS = Path(__file__).parents[1] / "tests" / "benchmarks"
-Part = Literal[
-    "speed", "overhead", "memory", "retarget", "agreement", "quality", "train_speed", "fast_claim"
-]
-TRAINING: list[Part] = ["train_speed", "fast_claim"]
-QUICK: dict[Part, str] = {
+QUICK = {
     "speed": "--rows 200 --tune_rows 32 --repeats 2",
     "overhead": "--rows 2000 --rows_per_shard 200 --repeats 1",
     "memory": "--sizes 500,1000,2000",
@@ -25,25 +21,30 @@ QUICK: dict[Part, str] = {
     "agreement": "--rows 100 --index_rows 2000",
     "quality": "--rows 6000 --splits report",
     "train_speed": "--rows 100 --steps 1 --rounds 1 --quality_steps 10 --batch_tokens 512",
-    "fast_claim": "--steps 5 --batch_tokens 512 --seeds 2 --d_sae 128 --held_out 30 --max_slices 1",
+    "fast_claim": "--steps 5 --batch_tokens 512 --seeds 2 --d_sae 128 --held_out 30",
+    "finetune_speed": "--steps 6 --rounds 1 --latent_rounds 2",
+    "finetune_effect": "--seeds 1 --domains order --rows 32 --held_out 16 --epochs 1",
 }
+SUITES = dict(curate=[*QUICK][:6], train_sae=[*QUICK][6:8], finetune=[*QUICK][8:])
+UNUSED = ("fast_claim", "sae")
 
 
 class Config(JobConfig):
-    """Measure curation (speed, overhead, memory, agreement, quality) or the training of SAEs.
+    """Measure curation, the training of SAEs, or the fine-tuning of experts.
 
     python jobs/bench.py curate --out runs/bench --parts speed,agreement
     python jobs/bench.py train_sae --out runs/bench
+    python jobs/bench.py finetune --out runs/bench
 
     Give the machine nothing else to do. The table shows every part measured into that folder.
     """
 
-    parts: list[Part] = [one for one in QUICK if one not in TRAINING]
+    parts: list[Literal[tuple(QUICK)]] = list(SUITES["curate"])  # pyright: ignore
     """What to measure."""
     pool: str | None = None
     """Parquet file. Default: the real pool that lies beside the project, else the embedded one."""
     lm: str | None = None
-    """Model that reads; as for the pool."""
+    """Model that reads, or is trained; as for the pool."""
     sae: str | None = None
     """SAE of that model; as for the pool."""
     quick: bool = False
@@ -54,13 +55,12 @@ class Config(JobConfig):
 
 def main(config: Config) -> int:
     """Run the parts one after the other and print their figures as one table."""
-    out = Path(config.out)
-    table = Table("part", "figure", "value", "target", "")
-    failed, results = 0, dict[str, object]()
+    out, table = Path(config.out), Table("part", "figure", "value", "target", "")
+    failed, results = 0, {}
+    inputs = {"pool": config.pool, "lm": config.lm, "sae": config.sae}
     for part in config.parts:
         command = [sys.executable, str(BENCHMARKS / f"{part}.py"), f"--out={out / part}.json"]
-        inputs = {"pool": config.pool, "lm": config.lm, "sae": part not in TRAINING and config.sae}
-        command += [f"--{name}={path}" for name, path in inputs.items() if path]
+        command += [f"--{n}={one}" for n, one in inputs.items() if one and (part, n) != UNUSED]
         command += [f"--work={out / 'work'}"] * (part in ("memory", "retarget", "quality"))
         command += QUICK[part].split() if config.quick else []
         failed += subprocess.run(command, check=False).returncode != 0
@@ -74,7 +74,7 @@ def main(config: Config) -> int:
 
 
 if __name__ == "__main__":
-    suite = sys.argv[1] if sys.argv[1:2] in (["curate"], ["train_sae"]) else ""
-    named = suite == "curate" or any(word.startswith("--parts") for word in sys.argv)
-    chosen = [] if named else [f"--parts={','.join(TRAINING)}"]
-    sys.exit(run_job(main, Config, [*chosen, *sys.argv[2:]] if suite else None))
+    suite, *words = sys.argv[1:] or [""]
+    if not any(word.startswith("--parts") for word in words):
+        words = [f"--parts={','.join(SUITES.get(suite, ()))}", *words]
+    sys.exit(run_job(main, Config, words if suite in SUITES else None))

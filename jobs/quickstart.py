@@ -62,7 +62,9 @@ def main(config: Config) -> None:
     random = str(folder / "random.jsonl")
     write_random(FeatureIndex(index, config.lm, config.sae), config.budget_examples, random)
     for name, data in (("expert", selection), ("random", random)):
-        settings = FinetuneSettings(lm=config.lm, data=data, num_epochs=8, num_workers=0)
+        settings = FinetuneSettings(
+            lm=config.lm, data=data, num_epochs=5, micro_rows=16, general_rows=16, num_workers=0
+        )
         maker = ExpertMaker(settings, str(folder / name), name=name, description=config.task)
         follow(maker.make())
         expert = maker.register(ExpertRegistry(str(folder / "registry")))

@@ -184,8 +184,11 @@ def ratios(records: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
             (regime, seed): [one for one in mine if (one["regime"], one["seed"]) == (regime, seed)]
             for regime, seed in {(one["regime"], one["seed"]) for one in mine}
         }
-        seeds = sorted({seed for _, seed in curves})
+        seeds = sorted({seed for regime, seed in curves if regime == "fast"})
+        if not seeds:  # run without it: the records are kept, and there is nothing to divide
+            continue
         others = [one for one in get_args(Regime)[1:] if (one, seeds[0]) in curves]
+        curves = {key: curve for key, curve in curves.items() if key[1] in seeds}
         l0 = common_l0(curves)
         for other, part in itertools.product(others if l0 else (), PARTS):
             assert l0 is not None

@@ -33,10 +33,12 @@ from measure import (
 )
 
 from sae_ray.curate.scorer import ScorerConfig
+from sae_ray.lm import fast_dtype
 
 # What sae_ray.distributed.runtime gives to Ray's workers.
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "33554432", "MALLOC_TRIM_THRESHOLD_": "4294967296"}
-DTYPES = ("float32", "bfloat16")
+DTYPES = ("float32", "bfloat16") if fast_dtype() == "bfloat16" else ("float32",)
+"""A machine that only emulates bf16 is slower in it by far: its figures are of fp32 alone."""
 PLAIN_BATCHES = (8, 16, 32, 64, 128)
 
 
@@ -168,19 +170,19 @@ def compete(
 def choose(best: list[Entry], batch_tokens: int) -> dict[str, Entry]:
     """Name the contestants; `best` holds the plain way's, fastest first."""
     single = [entry for entry in best if entry.processes == 1]
-    bf16 = next(e for e in single if e.length_sorted and e.dtype == "bfloat16")
-    return {
-        "plain, fp32": next(e for e in single if e.length_sorted and e.dtype == "float32"),
-        "plain, bf16": bf16,
-        "plain, bf16, other malloc": dataclasses.replace(bf16, malloc=not bf16.malloc),
+    named: dict[str, Entry] = {}
+    for dtype in DTYPES:
+        one = next(e for e in single if e.length_sorted and e.dtype == dtype)
+        named[f"plain, {dtype}"] = one
+        named[f"ours, {dtype}"] = Entry("ours", dtype, 2, 1, batch_tokens)
+        named[f"ours, {dtype}, 1 x 2 threads"] = Entry("ours", dtype, 1, 2, batch_tokens)
+        named[f"peak, {dtype}, 2 x 1"] = Entry("peak", dtype, 2, 1)
+        named[f"peak, {dtype}, 1 x 2"] = Entry("peak", dtype, 1, 2)
+    fastest = named[f"plain, {DTYPES[-1]}"]
+    return named | {
+        "plain, other malloc": dataclasses.replace(fastest, malloc=not fastest.malloc),
         "plain, 2 processes": next(e for e in best if e.length_sorted and e.processes == 2),
         "plain, file order": next(e for e in single if not e.length_sorted),
-        "ours, bf16": Entry("ours", "bfloat16", 2, 1, batch_tokens),
-        "ours, fp32": Entry("ours", "float32", 2, 1, batch_tokens),
-        "ours, bf16, 1 x 2 threads": Entry("ours", "bfloat16", 1, 2, batch_tokens),
-        "ours, fp32, 1 x 2 threads": Entry("ours", "float32", 1, 2, batch_tokens),
-        "peak, 2 x 1": Entry("peak", "bfloat16", 2, 1),
-        "peak, 1 x 2": Entry("peak", "bfloat16", 1, 2),
     }
 
 
@@ -192,32 +194,41 @@ def measure(options: argparse.Namespace, part: Part, contest: Contest) -> None:
     rows = {name: spread(rates[entry]) for name, entry in named.items() if entry.way != "peak"}
     middle = {name: one["median"] for name, one in rows.items()}
     work, tokens = count_work(contest.config, contest.sample)
-    peaks = [
-        max(sum(r["flops"] for r in replies) for replies in said[named[name]])
-        for name in ("peak, 2 x 1", "peak, 1 x 2")
-    ]
-    share = middle["ours, bf16"] * work / contest.num_rows / max(peaks)
-    plain = max(
-        rate for name, rate in middle.items() if name.startswith(("plain, fp", "plain, bf"))
-    )
-    ours, order = middle["ours, bf16"], middle["plain, file order"]
-    two, fp32 = middle["plain, 2 processes"], middle["ours, fp32"] / middle["plain, fp32"]
-    of = f"of {max(peaks) / 1e9:.0f} GFLOP/s"
-    part.figures += [
-        Figure("ours bf16 / plain sorted, the better of fp32 and bf16", ours / plain, "x", 4),
-        Figure("ours bf16 / plain in file order", ours / order, "x", 12),
-        Figure("ours fp32 / plain sorted fp32", fp32, "x", 2.5),
-        Figure("ours bf16 / plain sorted in 2 processes", ours / two, "x"),
-        Figure("share of the bf16 matmul peak", 100 * share, "%", 35, note=of),
-        Figure("ours bf16", ours, "conversations/s"),
-        Figure("ours bf16", ours * tokens / contest.num_rows, "tokens/s"),
-    ]
-    stages = share_by_stage(said[named["ours, bf16"]])
+    plain = max(middle[f"plain, {dtype}"] for dtype in DTYPES)
+    for dtype in reversed(DTYPES):
+        name, fast = f"ours, {dtype}", dtype == DTYPES[-1]
+        peak = max(
+            sum(reply["flops"] for reply in replies)
+            for entry in (named[f"peak, {dtype}, 2 x 1"], named[f"peak, {dtype}, 1 x 2"])
+            for replies in said[entry]
+        )
+        share = middle[name] * work / contest.num_rows / peak
+        if fast:
+            order, two = middle["plain, file order"], middle["plain, 2 processes"]
+            part.figures += [
+                Figure(f"{name} / plain sorted, its best precision", middle[name] / plain, "x", 4),
+                Figure(f"{name} / plain in file order", middle[name] / order, "x", 12),
+                Figure(f"{name} / plain sorted in 2 processes", middle[name] / two, "x"),
+            ]
+        if dtype == "float32":
+            ratio = middle[name] / middle["plain, float32"]
+            part.figures.append(Figure(f"{name} / plain sorted in float32", ratio, "x", 2.5))
+        part.figures += [
+            Figure(
+                f"{name}: share of the matmul peak",
+                100 * share,
+                "%",
+                35 if fast else None,
+                note=f"of {peak / 1e9:.0f} GFLOP/s",
+            ),
+            Figure(name, middle[name], "conversations/s"),
+            Figure(name, middle[name] * tokens / contest.num_rows, "tokens/s"),
+        ]
+    stages = share_by_stage(said[named[f"ours, {DTYPES[-1]}"]])
     part.details |= {
         "rows": contest.num_rows,
         "tokens": tokens,
         "flop_per_token": work / tokens,
-        "peak_flops": {"2 x 1": peaks[0], "1 x 2": peaks[1]},
         "contestants": {name: entry.name for name, entry in named.items()},
         "conversations_per_s": rows,
         "stages_percent": stages,
