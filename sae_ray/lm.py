@@ -14,6 +14,7 @@ import copy
 import dataclasses
 import functools
 import re
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
@@ -248,11 +249,21 @@ def quiet_loading() -> Iterator[None]:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
-        yield
+        with by_its_old_name():
+            yield
     finally:
         transformers_logging.set_verbosity(level)
         if bar:
             transformers_logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def by_its_old_name() -> Iterator[None]:
+    """TRL 1.16 and PEFT 0.21 speak of gradient checkpointing, which transformers has renamed."""
+    with warnings.catch_warnings():
+        message = r"`(is_)?gradient_checkpointing\w*` is deprecated"
+        warnings.filterwarnings("ignore", message, FutureWarning)
+        yield
 
 
 def load_config(path: str | Path) -> PretrainedConfig:

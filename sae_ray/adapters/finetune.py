@@ -34,7 +34,6 @@ from sae_ray.adapters.objectives import (
     Retain,
     World,
     arguments,
-    by_its_old_name,
     evaluate_every,
     make_trainer,
     num_steps,
@@ -45,6 +44,7 @@ from sae_ray.adapters.saving import save_model
 from sae_ray.adapters.stepwise import Stepwise
 from sae_ray.chat import ChatTokenizer
 from sae_ray.errors import ConfigError, TrainingError
+from sae_ray.lm import by_its_old_name
 
 BEST = "best"
 LOOKS = "looks.json"

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sae_ray.adapters.attach import AdapterSpec, attach, hold_again
 from sae_ray.errors import ModelError
-from sae_ray.lm import DTypeName, load_config, quiet_loading
+from sae_ray.lm import DTypeName, by_its_old_name, load_config, quiet_loading
 
 
 def load_causal(lm: str, dtype: DTypeName) -> PreTrainedModel:
@@ -36,7 +36,8 @@ def adapted(
     """Put a new adapter on a model, or one that is there already."""
     if start_from is not None:
         try:
-            model = PeftModel.from_pretrained(base, str(start_from), is_trainable=True)
+            with by_its_old_name():
+                model = PeftModel.from_pretrained(base, str(start_from), is_trainable=True)
         except (OSError, ValueError, RuntimeError, KeyError) as error:
             raise ModelError(
                 f"{start_from} is no adapter of this model ({str(error).splitlines()[0]}): give a "
@@ -45,7 +46,8 @@ def adapted(
         if adapter is not None and adapter.kind == "subspace":
             hold_again(model, adapter)
         return model
-    return base if adapter is None else attach(base, adapter)
+    with by_its_old_name():
+        return base if adapter is None else attach(base, adapter)
 
 
 def count(parameters: Iterator[torch.nn.Parameter]) -> int:

@@ -3,9 +3,8 @@
 import dataclasses
 import hashlib
 import math
-import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from sae_ray.adapters.examples import Example, PairExample
 from sae_ray.adapters.recipe import Recipe
 from sae_ray.adapters.replies import padded
 from sae_ray.errors import ConfigError
+from sae_ray.lm import by_its_old_name
 
 IGNORED = -100
 
@@ -197,15 +197,6 @@ def arguments(recipe: Recipe, folder: Path, steps: int, world: World) -> Trainin
         if recipe.objective == "dpo":
             return DPOConfig(**common, beta=recipe.beta)
         return SFTConfig(**common, **own, padding_free=recipe.packing)
-
-
-@contextmanager
-def by_its_old_name() -> Iterator[None]:
-    """TRL 1.16 speaks of gradient checkpointing, which transformers 5.23 has renamed."""
-    with warnings.catch_warnings():
-        message = r"`(is_)?gradient_checkpointing\w*` is deprecated"
-        warnings.filterwarnings("ignore", message, FutureWarning)
-        yield
 
 
 def make_trainer(

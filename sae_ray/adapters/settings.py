@@ -30,7 +30,8 @@ _EMBEDDED_FACTOR = 10
 
 _INCIDENTAL = {"num_workers", "max_rejected", "max_failures"}
 """Settings that say what is refused and how fast it goes: a run may be continued with others."""
-_SOURCES = {"lm", "sae", "data", "general", "retain", "positive", "reference", "start_from"}
+_SOURCES = {"lm", "sae", "data", "general", "retain", "positive", "reference", "control"}
+_SOURCES |= {"start_from"}
 
 
 class FinetuneSettings(JobConfig, Recipe):
@@ -69,13 +70,17 @@ class FinetuneSettings(JobConfig, Recipe):
     """Conversations whose latents span the subspace. Without it, the data."""
     reference: str | None = None
     """Conversations from which these must differ. Without it, the embedded pool."""
+    control: str | None = None
+    """Conversations that share with the positive ones what is not meant (style, topic): what these
+    must differ from, in the reference's place."""
     span_rows: int = Field(default=512, ge=20)
-    """Conversations of either that are read for the subspace."""
+    """Conversations of each that are read for the subspace."""
     general: str | None = None
     """Conversations, or plain text in a column `text` of a Parquet file, on which forgetting is
     measured. Without it, the embedded plain text."""
     retain: str | None = None
-    """Conversations on which the model is to stay near its base, for retain_weight."""
+    """Conversations on which the model is to stay near its base, for retain_weight; a subspace
+    leaves out latents that are often on there."""
     held_out_rows: int = Field(default=128, ge=2)
     """Rows of the data that are never trained on, at most a fifth of them: base and expert are
     compared on these."""

@@ -1,27 +1,28 @@
 """Spanning: for each SAE the subspace along which conversations to learn differ from others."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
 from sae_ray.adapters.contrast import contrast
-from sae_ray.adapters.pooling import PooledRow, SpanReader
+from sae_ray.adapters.pooling import PooledRow, Skipped
 from sae_ray.adapters.subspace import Subspace
-from sae_ray.chat import Conversation
-from sae_ray.pool import plan, read
+from sae_ray.pool import Slice, plan
+from sae_ray.sae.pretrained import load_encoder
 
-_ROWS = 64
-_SLICE = 256
+Pooling = Callable[[str, Sequence[Slice]], Iterator[PooledRow | Skipped]]
+"""A SAE and slices of a pool to what each conversation leaves of its latents, on any machines."""
+
+_ROWS_PER_SLICE = 64
 
 
 def span(
-    lm: str,
     saes: Sequence[str],
-    positive: str,
-    reference: str,
+    sets: Mapping[str, str],
     folder: Path,
+    pooling: Pooling,
     *,
     num_rows: int,
     staging: str,
@@ -30,39 +31,43 @@ def span(
     """Write the subspace of each SAE, and return their folders.
 
     Args:
-        lm: the language model that the SAEs read.
         saes: folders or release:sae_id.
-        positive: pool of what is to be learnt.
-        reference: pool of ordinary conversations.
+        sets: the pool of each role that `contrast` knows: `positive`, what is to be learnt, and
+            `reference`, ordinary conversations; `control` and `retain` if there are any.
         folder: local; each subspace gets a folder in it.
-        num_rows: read of either pool, from all over it.
+        pooling: reads conversations.
+        num_rows: read of each pool, from all over it.
         staging: folder for what must be converted first.
-        seed: of the rows drawn, and of the random divisions that set the threshold.
+        seed: of the slices drawn, and of the random divisions that set the threshold.
 
     Raises:
         TaskError: no latent tells the pools apart.
     """
-    sets = [_draw(pool, num_rows, staging, seed) for pool in (positive, reference)]
-    share = len(sets[0]) / (len(sets[0]) + len(sets[1]))
+    drawn = {role: _draw(pool, num_rows, staging, seed) for role, pool in sets.items()}
+    against = "control" if "control" in drawn else "reference"
+    sizes = [
+        min(num_rows, sum(one.num_rows for one in drawn[role])) for role in ("positive", against)
+    ]
     folders = []
     for number, sae in enumerate(saes):
-        reader = SpanReader.load(lm, sae)
-        rows = [_pooled(reader, conversations) for conversations in sets]
-        found = contrast(reader.encoder.d_sae, *rows, share=share, seed=seed)
+        rows = {role: _pooled(pooling(sae, slices), num_rows) for role, slices in drawn.items()}
+        share = sizes[0] / sum(sizes)
+        found = contrast(load_encoder(sae).d_sae, **rows, share=share, seed=seed)
         folders.append(folder / f"{number}")
         Subspace.of(sae, found).save(folders[-1])
     return folders
 
 
-def _draw(source: str, num_rows: int, staging: str, seed: int) -> list[Conversation]:
-    """Return conversations from slices all over a pool."""
-    slices = plan(source, rows_per_shard=_SLICE, staging=staging).slices
-    order = np.random.default_rng(seed).permutation(len(slices))
-    conversations = (one for i in order for one in read(slices[i]).conversations)
-    return list(islice(conversations, num_rows))
+def _draw(source: str, num_rows: int, staging: str, seed: int) -> list[Slice]:
+    """Return slices from all over a pool that hold at least so many rows, if it does."""
+    slices = plan(source, rows_per_shard=_ROWS_PER_SLICE, staging=staging).slices
+    chosen: list[Slice] = []
+    for i in np.random.default_rng(seed).permutation(len(slices)):
+        if sum(one.num_rows for one in chosen) >= num_rows:
+            break
+        chosen.append(slices[i])
+    return chosen
 
 
-def _pooled(reader: SpanReader, conversations: Sequence[Conversation]) -> Iterator[PooledRow]:
-    for start in range(0, len(conversations), _ROWS):
-        found = reader(conversations[start : start + _ROWS])
-        yield from (row for row in found if isinstance(row, PooledRow))
+def _pooled(rows: Iterator[PooledRow | Skipped], num_rows: int) -> Iterator[PooledRow]:
+    return islice((row for row in rows if isinstance(row, PooledRow)), num_rows)

@@ -15,6 +15,7 @@ import io
 import json
 import tempfile
 from collections.abc import Generator, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,8 @@ from sae_ray.artifacts import (
 )
 from sae_ray.curate.sources import EMBEDDED, describe_source, fingerprint, locate_source
 from sae_ray.distributed.finetune import Trained, Training, train_expert
+from sae_ray.distributed.runtime import cluster
+from sae_ray.distributed.spans import SpanWork, pooled_rows
 from sae_ray.evaluate.expert import compare
 from sae_ray.experts.card import ADAPTER, ExpertCard
 from sae_ray.experts.files import record_files
@@ -85,26 +88,29 @@ class ExpertMaker:
         if inspect(self.path, KIND, asked, parents, sources) is State.FINISHED:
             return
         lm = locate_source("lm", settings.lm or EMBEDDED)
-        with tempfile.TemporaryDirectory(prefix="sae-ray-") as staging:
+        with ExitStack() as stack:
+            staging = stack.enter_context(tempfile.TemporaryDirectory(prefix="sae-ray-"))
             yield "reading", 0, 1, self._data
             learnt = read_learnt(settings, self._data, lm, staging)
+            if settings.num_workers != 0:
+                stack.enter_context(cluster())
             saes = tuple(locate_source("sae", one) for one in self._saes)
             spanned = self._span(lm, saes, staging) if settings.adapter == "subspace" else []
             # Claimed only now: what is refused leaves its folder to the run put right.
             begin(self.path, KIND, asked, parents, sources)
             subspaces = tuple(self._keep(folder) for folder in spanned)
-        training = Training(
-            lm=lm,
-            adapter=settings.spec(saes, subspaces),
-            recipe=settings.recipe,
-            out=self.path,
-            start_from=settings.start_from,
-            subspaces=subspaces,
-            zero_stage=settings.zero_stage,
-            offload=settings.offload,
-            nvme_path=settings.nvme_path,
-        )
-        trained = yield from self._train(training, learnt)
+            training = Training(
+                lm=lm,
+                adapter=settings.spec(saes, subspaces),
+                recipe=settings.recipe,
+                out=self.path,
+                start_from=settings.start_from,
+                subspaces=subspaces,
+                zero_stage=settings.zero_stage,
+                offload=settings.offload,
+                nvme_path=settings.nvme_path,
+            )
+            trained = yield from self._train(training, learnt)
         self._write(learnt, trained, parents, sources)
 
     def register(self, registry: ExpertRegistry) -> Expert:
@@ -155,7 +161,7 @@ class ExpertMaker:
         named = {"lm": settings.lm or EMBEDDED, "data": settings.data or EMBEDDED}
         named |= {f"sae {i}": sae for i, sae in enumerate(self._saes)}
         roles = ["general", "retain", "start_from"]
-        roles += ["positive", "reference"] if settings.adapter == "subspace" else []
+        roles += ["positive", "reference", "control"] if settings.adapter == "subspace" else []
         others = {role: getattr(settings, role) for role in roles}
         return named | {role: name for role, name in others.items() if name is not None}
 
@@ -178,13 +184,19 @@ class ExpertMaker:
         return Source(name=name)
 
     def _span(self, lm: str, saes: tuple[str, ...], staging: str) -> list[Path]:
+        """Make the subspaces from what Ray's workers read of the pools, or this process."""
         settings = self.settings
+        sets = {
+            "positive": settings.positive or self._data,
+            "reference": settings.reference or str(tiny.pool_path()),
+            "control": settings.control,
+            "retain": settings.retain,
+        }
         return span(
-            lm,
             saes,
-            settings.positive or self._data,
-            settings.reference or str(tiny.pool_path()),
+            {role: pool for role, pool in sets.items() if pool is not None},
             Path(staging) / "subspaces",
+            lambda sae, slices: pooled_rows(slices, SpanWork(lm, sae), settings.num_workers),
             num_rows=settings.span_rows,
             staging=staging,
             seed=settings.seed,

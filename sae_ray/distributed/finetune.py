@@ -91,6 +91,9 @@ def train_expert(
 
 
 def _here(training: Training, material: Material) -> Generator[Step, None, Trained]:
+    if not torch.cuda.is_available():
+        # transformers imports DeepSpeed where it is installed, which warns that it finds no GPU.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     with tempfile.TemporaryDirectory(prefix="sae-ray-") as scratch:
         finetuning = _finetuning(training, material, Path(scratch), World())
         yield from finetuning.steps()

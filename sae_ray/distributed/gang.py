@@ -60,6 +60,8 @@ class Gang:
     """A folder and a name are one run: another configuration needs another of either."""
     max_failures: int = 3
     """Times that the gang is started again after a worker died."""
+    min_workers: int | None = None
+    """Start again with as few as these where the others are gone; all of them unless given."""
     checkpoints_kept: int = 2
 
 
@@ -94,6 +96,8 @@ def run_gang(loop: Loop, config: Mapping[str, Any], gang: Gang) -> Generator[Any
             mailbox.shutdown(force=True)
     if told is not None:
         raise told.error()
+    if ended.empty():  # the thread ended with an error of another kind, which it has printed
+        raise WorkError(f"the run in {gang.folder} could not be started: see its error above")
     outcome = ended.get()
     if isinstance(outcome, _Failed):
         raise outcome.error()
@@ -156,7 +160,7 @@ def _trainer(work: Callable[[dict[str, Any]], Any], config: dict, gang: Gang) ->
             backend="nccl" if workers.num_gpus else "gloo", timeout_s=_COLLECTIVES_TIMEOUT_S
         ),
         scaling_config=ScalingConfig(
-            num_workers=workers.count,
+            num_workers=(gang.min_workers, workers.count) if gang.min_workers else workers.count,
             use_gpu=bool(workers.num_gpus),
             resources_per_worker={"CPU": workers.num_cpus}
             | ({"GPU": workers.num_gpus} if workers.num_gpus else {}),

@@ -7,41 +7,30 @@ starts all of them again), when the driver died (the same settings are started a
 that is allowed, with fewer workers. With `num_workers=0` all of it is in this process, without Ray.
 """
 
-import functools
-import logging
-import os
 import tempfile
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
-import pyarrow.fs
 import ray.train
 import ray.train.torch
 import torch
 import torch.distributed
 from fsspec.implementations.local import LocalFileSystem
-from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer
-from ray.train.v2.api.exceptions import TrainingFailedError
-from ray.util.queue import Empty, Queue
+from ray.train import Checkpoint
 from torch import Tensor
 
 from sae_ray import errors
 from sae_ray.artifacts import config_hash, locate, read_file, write_atomically
-from sae_ray.distributed.runtime import WORKER_ENV, cluster, plan_workers
-from sae_ray.errors import SaeRayError, WorkError
+from sae_ray.distributed.gang import Gang, Tell, run_gang
+from sae_ray.distributed.runtime import cluster, plan_workers
+from sae_ray.errors import SaeRayError
 from sae_ray.sae.part import Part, Task, from_bytes, to_bytes
 from sae_ray.sae.train import Step
 
 _BUCKET_BYTES = 32 << 20
 _CHECKPOINT = ".checkpoint.pt"
 _RUNS = ".ray_train"
-_START_TIMEOUT_S = 600
-"""Ray waits 60 s for workers to start: cold imports on a busy machine take longer."""
-
-logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -80,64 +69,16 @@ def _is_due(part: Part) -> bool:
 
 
 def _on_ray(task: Task, path: str, model_name: str) -> Iterator[Step]:
-    """Fit in a thread, while steps come through a queue."""
-    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(_START_TIMEOUT_S))
-    queue = Queue(actor_options={"num_cpus": 0})
-    trainer = _trainer(task, _anywhere(path), model_name, queue)
-    outcome: list[str] = []
-    lost: list[TrainingFailedError] = []
-
-    def fit() -> None:
-        try:
-            outcome.append(trainer.fit().return_value or "")
-        except TrainingFailedError as error:
-            lost.append(error)
-
-    thread = threading.Thread(target=fit, daemon=True)
-    thread.start()
-    while thread.is_alive() or not queue.empty():
-        try:
-            yield queue.get(timeout=1)
-        except Empty:
-            continue
-    queue.shutdown()
-    if lost:
-        raise WorkError(
-            f"workers were lost more than max_failures={task.settings.max_failures} times, at last "
-            f"with: {str(lost[0]).strip().splitlines()[-1]}; see that machines answer and have the "
-            "memory, then run the same line again: it goes on from the last checkpoint"
-        ) from lost[0]
-    if not outcome:
-        raise WorkError(f"the run in {path} could not be started: its error is in the log above")
-    kind, _, message = outcome[0].partition(": ")
-    if kind:
-        raise getattr(errors, kind)(message)
-
-
-def _trainer(task: Task, path: str, model_name: str, queue: Queue) -> TorchTrainer:
     settings = task.settings
-    workers = plan_workers(settings.num_workers)
-    fs, root = locate(path)
-    is_local = isinstance(fs, LocalFileSystem)
-    remote = pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(fs))
-    elastic = (settings.min_workers, workers.count) if settings.min_workers else workers.count
-    return TorchTrainer(
-        functools.partial(work, task, path, model_name, queue),
-        scaling_config=ScalingConfig(
-            num_workers=elastic,
-            use_gpu=workers.num_gpus > 0,
-            resources_per_worker={"CPU": workers.num_cpus, **_gpu(workers.num_gpus)},
-        ),
-        run_config=RunConfig(
-            # Ray goes on with a run of the same name.
-            name=config_hash(settings.identity()),
-            storage_path=f"{root}/{_RUNS}",
-            storage_filesystem=None if is_local else remote,
-            failure_config=FailureConfig(max_failures=settings.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=2),
-            worker_runtime_env={"env_vars": WORKER_ENV},
-        ),
+    gang = Gang(
+        plan_workers(settings.num_workers),
+        f"{_anywhere(path)}/{_RUNS}",
+        config_hash(settings.identity()),  # Ray goes on with a run of the same name
+        max_failures=settings.max_failures,
+        min_workers=settings.min_workers,
     )
+    config = {"task": task, "path": _anywhere(path), "model_name": model_name}
+    yield from run_gang(_loop, config, gang)
 
 
 def _anywhere(path: str) -> str:
@@ -146,33 +87,22 @@ def _anywhere(path: str) -> str:
     return root if isinstance(fs, LocalFileSystem) else path
 
 
-def _gpu(num: int) -> dict[str, float]:
-    return {"GPU": num} if num else {}
-
-
-def work(task: Task, path: str, model_name: str, queue: Queue) -> str:
-    """Do one worker's part; return what is wrong for good, which all workers then agree on.
-
-    An exception would make Ray start all workers again, and the same would come of it.
-    """
+def _loop(config: dict[str, Any], tell: Tell) -> None:
+    """Do one worker's part; what is wrong for good is raised on all workers."""
+    task: Task = config["task"]
     context = ray.train.get_context()
     rank, num_workers = context.get_world_rank(), context.get_world_size()
     device = ray.train.torch.get_device()
-    torch.set_num_threads(1)
-    try:
-        part = together(
-            lambda: Part(task, rank, num_workers, reduce=average, guard=together, device=device)
-        )
-        _start(part)
-        for step in part.steps():
-            if rank == 0:
-                queue.put(step)
-            if _is_due(part):
-                _checkpoint(part)
-        together(lambda: part.finish(path, model_name))
-    except SaeRayError as error:
-        return f"{type(error).__name__}: {error}"
-    return ""
+    part = together(
+        lambda: Part(task, rank, num_workers, reduce=average, guard=together, device=device)
+    )
+    _start(part)
+    for step in part.steps():
+        if rank == 0:
+            tell(step)
+        if _is_due(part):
+            _checkpoint(part)
+    together(lambda: part.finish(config["path"], config["model_name"]))
 
 
 def _start(part: Part) -> None:

@@ -40,6 +40,7 @@ from sae_ray.adapters.spanning import span
 from sae_ray.adapters.subspace import Subspace
 from sae_ray.chat import ChatTokenizer
 from sae_ray.curate.scorer import LatentScorer, ScorerConfig
+from sae_ray.distributed.spans import SpanWork, pooled_rows
 from sae_ray.pool import plan, read
 from sae_ray.tiny.exam import accuracies
 
@@ -123,11 +124,10 @@ def general_rows(source: str, tokenizer: ChatTokenizer) -> list[Any]:
 def subspace_of(options: argparse.Namespace, arm: str, path: str, seed: int, folder: str) -> str:
     """Write the subspace of an arm: the SAE's, or one of as many other directions."""
     (found,) = span(
-        options.lm,
         [options.sae],
-        path,
-        options.pool,
+        {"positive": path, "reference": options.pool},
         Path(folder, "sae"),
+        lambda sae, slices: pooled_rows(slices, SpanWork(options.lm, sae), 0),
         num_rows=400,
         staging=folder,
         seed=seed,
