@@ -22,8 +22,9 @@ class Config(FinetuneSettings):
     python jobs/finetune.py --objective dpo --data pairs.jsonl --adapter steering --out runs/polite
     ray job submit --working-dir . -- python jobs/finetune.py --zero_stage 3 --num_workers 8 ...
 
-    A run that was killed goes on from its last checkpoint when the same line is given again. The
-    expert becomes active if it beats its base on held-out rows; if not, it stays a candidate.
+    On Ray, a run that was killed goes on from its last checkpoint when the line is given again;
+    with --num_workers 0 it begins anew. The expert becomes active if it beats its base on held-out
+    rows; if not, it stays a candidate.
     """
 
     name: str = Field(default="expert", pattern=NAME_PATTERN)

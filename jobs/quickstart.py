@@ -3,6 +3,7 @@
 
 import sys
 from pathlib import Path
+from typing import cast
 
 from pydantic import Field
 from rich.console import Console
@@ -59,12 +60,11 @@ def main(config: Config) -> None:
     print("\n".join(preview(selection, 3)))
 
     print("4. train an expert on them, and one on as many random rows")
-    random = str(folder / "random.jsonl")
-    write_random(FeatureIndex(index, config.lm, config.sae), config.budget_examples, random)
+    random, num_rows = str(folder / "random.jsonl"), cast("int", manifest.extra["num_rows"])
+    write_random(FeatureIndex(index, config.lm, config.sae), num_rows, random)
     for name, data in (("expert", selection), ("random", random)):
-        settings = FinetuneSettings(
-            lm=config.lm, data=data, num_epochs=5, micro_rows=16, general_rows=16, num_workers=0
-        )
+        few = {"num_epochs": 5, "micro_rows": 16, "general_rows": 16, "num_workers": 0}
+        settings = FinetuneSettings(lm=config.lm, data=data, **few)
         maker = ExpertMaker(settings, str(folder / name), name=name, description=config.task)
         follow(maker.make())
         expert = maker.register(ExpertRegistry(str(folder / "registry")))

@@ -1,5 +1,7 @@
 """Adapters put on a model: one description for every kind, and what comes back is PEFT's."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal, get_args
 
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
@@ -7,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, model_validator
 from transformers import PreTrainedModel
 
 from sae_ray.adapters.edits import LATENT_KINDS, LatentEdit
+from sae_ray.adapters.factors import Leaning
 from sae_ray.adapters.latent import LatentConfig
 from sae_ray.adapters.positions import Where
 from sae_ray.adapters.subspace import Mode, Side, Subspace, hold, lora_config, place_subspace
@@ -126,14 +129,28 @@ def hold_again(adapted: PeftModel, spec: AdapterSpec, *, name: str = "default") 
 
 
 def share_penalties(adapted: PeftModel, backward_passes: int) -> None:
-    """Tell latent edits how many backward passes one step of the optimiser sums over.
+    """Tell what adds penalties how many backward passes one step of the optimiser sums over.
 
-    Their penalties are gradients, added in each pass, and not scaled with the loss as it is for
-    gradient accumulation.
+    They are gradients, added in each pass, and not scaled with the loss as it is for gradient
+    accumulation.
     """
     for module in adapted.modules():
-        if isinstance(module, LatentEdit):
-            module.backward_passes = backward_passes
+        for one in (module, getattr(module, "leaning", None)):
+            if isinstance(one, LatentEdit | Leaning):
+                one.backward_passes = backward_passes
+
+
+@contextmanager
+def unpenalised(adapted: PeftModel) -> Iterator[None]:
+    """Leave out the penalties of latent edits in the forwards within."""
+    edits = [module for module in adapted.modules() if isinstance(module, LatentEdit)]
+    for edit in edits:
+        edit.is_penalised = False
+    try:
+        yield
+    finally:
+        for edit in edits:
+            edit.is_penalised = True
 
 
 def config_of(spec: AdapterSpec) -> PeftConfig:

@@ -63,6 +63,8 @@ class LatentEdit(nn.Module):
         self.edit_penalty = edit_penalty
         self.backward_passes = 1
         """Backward passes in one step of the optimiser, over which penalties are shared out."""
+        self.is_penalised = True
+        """Whether forwards add penalties to the gradient."""
         num = len(sae.W_dec)
         if kind in ("steering", "affine"):
             self.steering = nn.Parameter(torch.zeros(num))
@@ -86,7 +88,7 @@ class LatentEdit(nn.Module):
             change = self._decoded(x)
             for factor in (self.sae.scale(x), None if mask is None else mask.unsqueeze(-1)):
                 change = change if factor is None else change * factor
-            if self.edit_penalty:
+            if self.edit_penalty and self.is_penalised:
                 change = change.expand(x.shape)
                 size = x.detach().float().square().sum()
                 weight = 2 * self.edit_penalty / self.backward_passes
@@ -116,7 +118,7 @@ class LatentEdit(nn.Module):
     def _shrunk(self, value: Tensor, *, by_row: bool = False) -> Tensor:
         """Return a parameter in fp32, with the L1 penalty in its gradient."""
         value = value.float()
-        if not self.l1:
+        if not (self.l1 and self.is_penalised):
             return value
         norms = self.sae.norms.unsqueeze(-1) if by_row else self.sae.norms
         weight = self.l1 / self.backward_passes

@@ -82,6 +82,20 @@ def _as_core(module: nn.Module, state: dict, prefix: str, *_rest: object) -> Non
         state[f"{prefix}{_CORE}"] = core.right_inverse(state.pop(f"{prefix}weight"))
 
 
+class Leaning:
+    """How much the part of an update outside its span weighs in the loss."""
+
+    def __init__(self, weight: float) -> None:
+        self.weight = weight
+        self.backward_passes = 1
+        """Backward passes in one step of the optimiser, over which the weight is shared out."""
+
+    @property
+    def share(self) -> float:
+        """Return the weight of one backward pass."""
+        return self.weight / self.backward_passes
+
+
 def lean_to(
     layer: LoraLayer,
     name: str,
@@ -95,6 +109,8 @@ def lean_to(
     """
     Q = torch.linalg.qr(directions.float())[0]
     A, B = factors(layer, name)
+    leaning = Leaning(weight)
+    layer.leaning = leaning  # pyright: ignore[reportAttributeAccessIssue]
 
     def outside(one: Tensor) -> Tensor:
         return one - Q.to(one) @ (Q.to(one).T @ one)
@@ -102,13 +118,14 @@ def lean_to(
     def of_A(grad: Tensor) -> Tensor:
         with torch.no_grad():
             if side == "writers":
-                return grad + 2 * weight * B.T @ outside(B) @ A
-            return grad + 2 * weight * B.T @ B @ outside(A.T).T
+                return grad + 2 * leaning.share * B.T @ outside(B) @ A
+            return grad + 2 * leaning.share * B.T @ B @ outside(A.T).T
 
     def of_B(grad: Tensor) -> Tensor:
         with torch.no_grad():
             far = A if side == "writers" else outside(A.T).T
-            return grad + 2 * weight * (outside(B) if side == "writers" else B) @ far @ far.T
+            near = outside(B) if side == "writers" else B
+            return grad + 2 * leaning.share * near @ far @ far.T
 
     A.register_hook(of_A)
     B.register_hook(of_B)

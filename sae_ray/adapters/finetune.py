@@ -29,15 +29,17 @@ from transformers import (
 
 from sae_ray.adapters.attach import AdapterSpec, share_penalties
 from sae_ray.adapters.examples import Example, PairExample
-from sae_ray.adapters.loading import adapted, count, load_causal
+from sae_ray.adapters.loading import adapted, count, load_causal, vectors
 from sae_ray.adapters.objectives import (
     Retain,
     World,
     arguments,
+    dataset_of,
     evaluate_every,
     make_trainer,
     num_steps,
 )
+from sae_ray.adapters.positions import acts_on_answers
 from sae_ray.adapters.recipe import Recipe
 from sae_ray.adapters.replies import Gather, RowLoss, flat, row_losses
 from sae_ray.adapters.saving import save_model
@@ -70,6 +72,18 @@ class Look:
     held_out: list[RowLoss]
     """Of pairs: chosen and rejected in turn."""
     general: list[RowLoss]
+
+    def halves(self, objective: str) -> tuple["Look", "Look"]:
+        """Return what chooses the best step, and what is kept from that choice, to judge by.
+
+        The lowest of many looks is low by chance too: what has not been chosen by is fair.
+        """
+        width = 2 if objective == "dpo" else 1
+        rows = [self.held_out[i : i + width] for i in range(0, len(self.held_out), width)]
+        return tuple(  # pyright: ignore[reportReturnType]
+            dataclasses.replace(self, held_out=[one for row in rows[first::2] for one in row])
+            for first in (0, 1)
+        )
 
     def loss(self, objective: str) -> float:
         """Return what is to be small: nats a learnt token, or the share of pairs ranked wrong.
@@ -136,7 +150,8 @@ class Finetuning:
         """
         self.recipe, self.material, self.folder = recipe, material, folder
         self.world, self._gather = world or World(), gather
-        self.total = num_steps(recipe, len(material.train))
+        dataset = dataset_of(recipe, material.train, material.max_tokens)
+        self.total = num_steps(recipe, len(dataset))
         args = arguments(recipe, folder, self.total, self.world)  # before the model: see there
         self.tokenizer = ChatTokenizer.load(lm)
         if retained := bool(material.retain) and recipe.retain_weight > 0:
@@ -147,7 +162,8 @@ class Finetuning:
         base = load_causal(lm, dtype)
         self.num_base_parameters = count(base.parameters())
         torch.manual_seed(recipe.seed)
-        self.model = adapted(base, adapter, start_from)
+        with self.world.gathered(vectors(base)):  # the gains of norms, which subspaces are put by
+            self.model = adapted(base, adapter, start_from)
         reference = load_causal(lm, dtype) if full and recipe.objective == "dpo" else None
         micro, accumulated = recipe.micro_rows_for(self.world.count)
         if isinstance(self.model, PeftModel):
@@ -159,10 +175,9 @@ class Finetuning:
                 args,
                 self.model,
                 with_pad(self.tokenizer.tokenizer),
-                material.train,
+                dataset,
                 retain=near if retained else None,
                 reference=reference,
-                max_tokens=material.max_tokens,
             )
         self.looks: list[Look] = []
         self.stopped_early = False
@@ -170,8 +185,9 @@ class Finetuning:
 
     @property
     def best(self) -> Look:
-        """Return the look at which the held-out rows were likeliest; never the one before."""
-        return min(self.looks[1:], key=lambda look: look.loss(self.recipe.objective))
+        """Return the look at which one half of the held-out rows was likeliest; never the first."""
+        objective = self.recipe.objective
+        return min(self.looks[1:], key=lambda look: look.halves(objective)[0].loss(objective))
 
     def steps(self, checkpoint: Path | None = None) -> Iterator[Step]:
         """Train to the end, from a checkpoint if one is given.
@@ -240,6 +256,7 @@ class Finetuning:
                 rank=self.world.rank,
                 num_workers=self.world.count,
                 gather=self._gather,
+                with_labels=acts_on_answers(self.model),
             )
             for one in (rows, self.material.general)
         ]

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 from peft import PeftModel
@@ -21,13 +22,13 @@ from transformers import (
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer  # pyright: ignore[reportPrivateImportUsage]
 from trl.data_utils import pack_dataset
 
+from sae_ray.adapters.attach import unpenalised
 from sae_ray.adapters.examples import Example, PairExample
+from sae_ray.adapters.positions import acts_on_answers
 from sae_ray.adapters.recipe import Recipe
-from sae_ray.adapters.replies import padded
+from sae_ray.adapters.replies import IGNORED, labels_of, padded
 from sae_ray.errors import ConfigError
 from sae_ray.lm import by_its_old_name
-
-IGNORED = -100
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +102,10 @@ class _Retaining:
         adapted: PeftModel = self.accelerator.unwrap_model(model)  # pyright: ignore
         with torch.no_grad(), adapted.disable_adapter():
             base = model(**inputs).logits[:, :-1][learnt[:, 1:]].float().log_softmax(-1)
-        tuned = model(**inputs).logits[:, :-1][learnt[:, 1:]].float().log_softmax(-1)
+        if acts_on_answers(adapted):
+            inputs["labels"] = labels_of(ids, learnt)
+        with unpenalised(adapted):  # what is asked of the weights is asked once a batch
+            tuned = model(**inputs).logits[:, :-1][learnt[:, 1:]].float().log_softmax(-1)
         return (base.exp() * (base - tuned)).sum(-1).mean()
 
 
@@ -134,14 +138,36 @@ class Witness:
         return batch
 
 
+def dataset_of(
+    recipe: Recipe, rows: Sequence[Example] | Sequence[PairExample], max_tokens: int
+) -> Dataset:
+    """Return what TRL trains on, packed where that is asked for."""
+    if recipe.objective == "dpo":
+        return Dataset.from_list(list(_pair_columns(rows)))
+    dataset = Dataset.from_list(list(_columns(rows)))
+    return pack_dataset(dataset, max_tokens, "bfd") if recipe.packing else dataset
+
+
 def num_steps(recipe: Recipe, num_rows: int) -> int:
     """Return the steps of a training; the rows that do not fill one are left to the next epoch."""
     if num_rows < recipe.batch_rows:
+        packed = " once packed" if recipe.packing else ""
         raise ConfigError(
-            f"batch_rows={recipe.batch_rows} but there are {num_rows} rows to train on: give a "
-            "smaller batch_rows, or more rows"
+            f"batch_rows={recipe.batch_rows} but there are {num_rows} rows to train on{packed}: "
+            "give a smaller batch_rows, or more rows"
         )
-    return recipe.max_steps or math.ceil(recipe.num_epochs * (num_rows // recipe.batch_rows))
+    return recipe.max_steps or math.ceil(recipe.num_epochs * num_rows / recipe.batch_rows)
+
+
+def in_order(dataset: Dataset, num_rows: int, seed: int) -> Dataset:
+    """Return so many rows, pass after pass, each pass in an order of its own.
+
+    The steps of a training are cut from this one line, so that a step has the same rows whatever
+    the number of workers, also where an epoch ends within it.
+    """
+    passes = range(math.ceil(num_rows / len(dataset)))
+    orders = [np.random.default_rng((seed, one)).permutation(len(dataset)) for one in passes]
+    return dataset.select(np.concatenate(orders)[:num_rows])
 
 
 def evaluate_every(recipe: Recipe, steps: int) -> int:
@@ -172,6 +198,7 @@ def arguments(recipe: Recipe, folder: Path, steps: int, world: World) -> Trainin
         "optim": "adamw_torch",
         "seed": recipe.seed,
         "data_seed": recipe.seed,
+        "train_sampling_strategy": "sequential",  # see in_order
         "bf16": bfloat16,
         "gradient_checkpointing": recipe.gradient_checkpointing,
         "logging_strategy": "steps",
@@ -204,22 +231,15 @@ def make_trainer(
     args: TrainingArguments,
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[Example] | Sequence[PairExample],
+    dataset: Dataset,
     *,
     retain: Retain | None = None,
     reference: PreTrainedModel | None = None,
-    max_tokens: int,
 ) -> Sft | Dpo:
     """Return TRL's trainer of an objective; `reference` is DPO's where there is no adapter."""
     given: dict[str, Any] = {"model": model, "args": args, "processing_class": tokenizer}
-    if recipe.objective == "dpo":
-        dataset = Dataset.from_list(list(_pair_columns(rows)))
-        trainer = Dpo(**given, train_dataset=dataset, ref_model=reference)
-    else:
-        dataset = Dataset.from_list(list(_columns(rows)))
-        if recipe.packing:
-            dataset = pack_dataset(dataset, max_tokens, "bfd")
-        trainer = Sft(**given, train_dataset=dataset)
+    given["train_dataset"] = in_order(dataset, args.max_steps * recipe.batch_rows, recipe.seed)
+    trainer = Dpo(**given, ref_model=reference) if recipe.objective == "dpo" else Sft(**given)
     trainer.remove_callback(PrinterCallback)
     trainer.retain = retain
     trainer.data_collator = Witness(trainer.data_collator)

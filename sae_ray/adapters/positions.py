@@ -13,6 +13,12 @@ from sae_ray.errors import ModelError
 Where = Literal["all", "non_bos", "completion"]
 
 
+def acts_on_answers(model: nn.Module) -> bool:
+    """Say whether a forward must be told, by its labels, which tokens are the answer's."""
+    configs = getattr(model, "peft_config", {})
+    return any(getattr(one, "positions", "all") == "completion" for one in configs.values())
+
+
 class Positions:
     """What the forward in progress says of its tokens, kept for the layers inside.
 

@@ -7,8 +7,13 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from sae_ray.adapters.examples import Example, PairExample
+
+IGNORED = -100
+"""What labels hold where no loss looks."""
+_TOKENS_AT_ONCE = 1024
 
 Forward = Callable[..., object]
 """A causal language model, however it is wrapped: called with input_ids and attention_mask."""
@@ -34,8 +39,11 @@ def row_losses(
     rank: int = 0,
     num_workers: int = 1,
     gather: Gather | None = None,
+    with_labels: bool = False,
 ) -> list[RowLoss]:
     """Return the loss of each row, in order; workers take turns at rows and all get the result.
+
+    Labels are given to a model that acts on answers alone: what it says is then of these rows.
 
     Every worker calls the model equally often, as ZeRO-3 needs: one that runs out reads its last
     rows again, and what comes of it is not counted.
@@ -45,7 +53,7 @@ def row_losses(
     mine: list[tuple[list[int], list[RowLoss]]] = []
     for start in range(0, len(batches), num_workers):
         batch = batches[min(start + rank, len(batches) - 1)]
-        losses = _losses(model, [rows[i] for i in batch], pad, device)
+        losses = _losses(model, [rows[i] for i in batch], pad, device, with_labels)
         mine.append((batch if start + rank < len(batches) else [], losses))
     found: dict[int, RowLoss] = {}
     for batch, losses in gather(mine) if gather else mine:
@@ -72,20 +80,34 @@ def padded(
     return torch.from_numpy(ids), torch.from_numpy(real), torch.from_numpy(learnt)
 
 
+def labels_of(
+    ids: Int[Tensor, "rows seq"], learnt: Bool[Tensor, "rows seq"]
+) -> Int[Tensor, "rows seq"]:
+    """Return the ids that are learnt, and elsewhere what no loss looks at."""
+    return ids.masked_fill(~learnt, IGNORED)
+
+
 @torch.no_grad()
 def _losses(
-    model: Forward, rows: Sequence[Example], pad: int, device: torch.device | str
+    model: Forward,
+    rows: Sequence[Example],
+    pad: int,
+    device: torch.device | str,
+    with_labels: bool,
 ) -> list[RowLoss]:
     ids, real, learnt = (one.to(device) for one in padded(rows, pad))
-    logits = model(input_ids=ids, attention_mask=real.long(), use_cache=False).logits  # pyright: ignore[reportAttributeAccessIssue]
-    nats = token_nats(logits, ids) * learnt[:, 1:]
-    sums, counts = nats.double().sum(1).tolist(), learnt[:, 1:].sum(1).tolist()
+    more = {"labels": labels_of(ids, learnt)} if with_labels else {}
+    output = model(input_ids=ids, attention_mask=real.long(), use_cache=False, **more)
+    counted = learnt[:, 1:]
+    nats = torch.zeros(counted.shape, device=counted.device)
+    nats[counted] = _nats(output.logits[:, :-1][counted], ids[:, 1:][counted])  # pyright: ignore[reportAttributeAccessIssue]
+    sums, counts = nats.double().sum(1).tolist(), counted.sum(1).tolist()
     return [RowLoss(a, b) for a, b in zip(sums, counts, strict=True)]
 
 
-def token_nats(
-    logits: Float[Tensor, "rows seq vocab"], ids: Int[Tensor, "rows seq"]
-) -> Float[Tensor, "rows seq_less_1"]:
-    """Return minus the log probability of each token but the first."""
-    log_probs = logits[:, :-1].float().log_softmax(-1)
-    return -log_probs.gather(-1, ids[:, 1:, None]).squeeze(-1)
+def _nats(
+    logits: Float[Tensor, "tokens vocab"], targets: Int[Tensor, " tokens"]
+) -> Float[Tensor, " tokens"]:
+    """Return minus the log probability of each target; each token is as wide as the vocabulary."""
+    pairs = zip(logits.split(_TOKENS_AT_ONCE), targets.split(_TOKENS_AT_ONCE), strict=True)
+    return torch.cat([cross_entropy(x.float(), t, reduction="none") for x, t in pairs])

@@ -115,7 +115,51 @@ class FinetuneSettings(JobConfig, Recipe):
             raise ValueError("--start_from goes on from an adapter: it does not go with full")
         if self.needs_sae and self.lm is not None and not self.sae:
             raise ValueError(f"--adapter {self.adapter} needs --sae: one of the model --lm")
+        if self.adapter == "subspace":
+            self._require_subspace_fits()
+        if self.adapter in LATENT_KINDS and self.retain_weight and self.gradient_checkpointing:
+            raise ValueError(
+                f"--gradient_checkpointing runs layers of --adapter {self.adapter} again when the "
+                "rows of --retain have been read since: leave one of them out"
+            )
+        for name, why in self._of_no_use().items():
+            if getattr(self, name) != FinetuneSettings.model_fields[name].default:
+                raise ValueError(f"--{name} does nothing {why}: leave it out")
         return self
+
+    def _require_subspace_fits(self) -> None:
+        if self.mode == "core" and self.objective == "dpo":
+            raise ValueError(
+                "--mode core does not go with dpo, which keeps a copy of the adapter beside it: "
+                "give --mode freeze"
+            )
+        if self.mode in ("core", "soft") and self.zero_stage == 3 and self.num_workers != 0:
+            raise ValueError(
+                f"--mode {self.mode} needs whole weights, and --zero_stage 3 shards them: give "
+                "--mode freeze, or a lower stage"
+            )
+        if self.lm is not None and self.reference is None and self.control is None:
+            raise ValueError(
+                "--adapter subspace needs --reference: ordinary conversations of your own, from "
+                "which those to learn differ (the embedded ones are a toy's)"
+            )
+
+    def _of_no_use(self) -> dict[str, str]:
+        """Return settings that this run would not look at, and why."""
+        kind = f"for --adapter {self.adapter}"
+        used = {
+            "lora": {"r", "alpha"},
+            "subspace": {"mode", "positive", "reference", "control"},
+            "residual": {"hidden", "positions", "l1", "hook_point"},
+            **dict.fromkeys(("steering", "scale", "affine"), {"positions", "l1", "hook_point"}),
+        }
+        every = set().union(*used.values())
+        if self.start_from is not None:
+            return dict.fromkeys(sorted(every), "with --start_from, which keeps what it has")
+        found = dict.fromkeys(sorted(every - used.get(self.adapter, set())), kind)
+        if self.num_workers == 0:
+            found["offload"] = "with --num_workers 0, where DeepSpeed is not used"
+        return found
 
     @property
     def needs_sae(self) -> bool:

@@ -1,6 +1,6 @@
 """Spanning: for each SAE the subspace along which conversations to learn differ from others."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -24,6 +24,7 @@ def span(
     folder: Path,
     pooling: Pooling,
     *,
+    leave_out: Collection[str] = (),
     num_rows: int,
     staging: str,
     seed: int = 0,
@@ -36,6 +37,7 @@ def span(
             `reference`, ordinary conversations; `control` and `retain` if there are any.
         folder: local; each subspace gets a folder in it.
         pooling: reads conversations.
+        leave_out: ids of rows that must stay unseen: those that an expert is judged by.
         num_rows: read of each pool, from all over it.
         staging: folder for what must be converted first.
         seed: of the slices drawn, and of the random divisions that set the threshold.
@@ -50,7 +52,10 @@ def span(
     ]
     folders = []
     for number, sae in enumerate(saes):
-        rows = {role: _pooled(pooling(sae, slices), num_rows) for role, slices in drawn.items()}
+        rows = {
+            role: _pooled(pooling(sae, slices), leave_out, num_rows)
+            for role, slices in drawn.items()
+        }
         share = sizes[0] / sum(sizes)
         found = contrast(load_encoder(sae).d_sae, **rows, share=share, seed=seed)
         folders.append(folder / f"{number}")
@@ -69,5 +74,8 @@ def _draw(source: str, num_rows: int, staging: str, seed: int) -> list[Slice]:
     return chosen
 
 
-def _pooled(rows: Iterator[PooledRow | Skipped], num_rows: int) -> Iterator[PooledRow]:
-    return islice((row for row in rows if isinstance(row, PooledRow)), num_rows)
+def _pooled(
+    rows: Iterator[PooledRow | Skipped], leave_out: Collection[str], num_rows: int
+) -> Iterator[PooledRow]:
+    kept = (row for row in rows if isinstance(row, PooledRow) and row.id not in leave_out)
+    return islice(kept, num_rows)

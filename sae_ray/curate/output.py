@@ -128,6 +128,7 @@ def write_selection(path: str, rows: Sequence[SelectedRow]) -> FileRecord:
 
 def write_random(index: FeatureIndex, num_rows: int, path: str, seed: int = 0) -> FileRecord:
     """Write as many random rows of the pool: what a selection of that size must beat."""
+    num_rows = min(num_rows, index.num_rows)
     drawn = np.random.default_rng(seed).choice(index.num_rows, num_rows, replace=False)
     rows = [dataclasses.asdict(one) for one in index.conversations(np.sort(drawn))]
     return write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows).encode())

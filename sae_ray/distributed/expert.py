@@ -41,10 +41,17 @@ from sae_ray.artifacts import (
     read_file,
     write_atomically,
 )
-from sae_ray.curate.sources import EMBEDDED, describe_source, fingerprint, locate_source
-from sae_ray.distributed.finetune import Trained, Training, train_expert
+from sae_ray.curate.sources import (
+    EMBEDDED,
+    describe_source,
+    fingerprint,
+    locate_model,
+    locate_source,
+)
+from sae_ray.distributed.finetune import Trained, Training, copied, train_expert
 from sae_ray.distributed.runtime import cluster
 from sae_ray.distributed.spans import SpanWork, pooled_rows
+from sae_ray.errors import ConfigError
 from sae_ray.evaluate.expert import compare
 from sae_ray.experts.card import ADAPTER, ExpertCard
 from sae_ray.experts.files import record_files
@@ -87,7 +94,8 @@ class ExpertMaker:
         sources = {role: self._source(role, name) for role, name in named.items()}
         if inspect(self.path, KIND, asked, parents, sources) is State.FINISHED:
             return
-        lm = locate_source("lm", settings.lm or EMBEDDED)
+        lm = locate_model(settings.lm or EMBEDDED)
+        self._require_same_base(parents["lm"])
         with ExitStack() as stack:
             staging = stack.enter_context(tempfile.TemporaryDirectory(prefix="sae-ray-"))
             yield "reading", 0, 1, self._data
@@ -95,7 +103,7 @@ class ExpertMaker:
             if settings.num_workers != 0:
                 stack.enter_context(cluster())
             saes = tuple(locate_source("sae", one) for one in self._saes)
-            spanned = self._span(lm, saes, staging) if settings.adapter == "subspace" else []
+            spanned = self._spanned(lm, saes, learnt, staging)
             # Claimed only now: what is refused leaves its folder to the run put right.
             begin(self.path, KIND, asked, parents, sources)
             subspaces = tuple(self._keep(folder) for folder in spanned)
@@ -183,9 +191,16 @@ class ExpertMaker:
             return describe_source("sae", name)
         return Source(name=name)
 
-    def _span(self, lm: str, saes: tuple[str, ...], staging: str) -> list[Path]:
-        """Make the subspaces from what Ray's workers read of the pools, or this process."""
+    def _spanned(self, lm: str, saes: tuple[str, ...], learnt: Learnt, staging: str) -> list[Path]:
+        """Make the subspaces from what Ray's workers read of the pools, or this process.
+
+        An adapter that is gone on from keeps its own, which lie beside it.
+        """
         settings = self.settings
+        if settings.adapter != "subspace":
+            return []
+        if settings.start_from is not None:
+            return _copied_subspaces(settings.start_from, Path(staging))
         sets = {
             "positive": settings.positive or self._data,
             "reference": settings.reference or str(tiny.pool_path()),
@@ -197,6 +212,7 @@ class ExpertMaker:
             {role: pool for role, pool in sets.items() if pool is not None},
             Path(staging) / "subspaces",
             lambda sae, slices: pooled_rows(slices, SpanWork(lm, sae), settings.num_workers),
+            leave_out={row.id for row in learnt.material.held_out},
             num_rows=settings.span_rows,
             staging=staging,
             seed=settings.seed,
@@ -208,6 +224,20 @@ class ExpertMaker:
         for file in sorted(folder.iterdir()):
             write_atomically(f"{place}/{file.name}", file.read_bytes())
         return place
+
+    def _require_same_base(self, base: str) -> None:
+        """Refuse to go on from an expert of another model, where its card is there to say so."""
+        start = self.settings.start_from
+        place = f"{start and start.rstrip('/').rpartition('/')[0]}/card.json"
+        fs, path = locate(place)
+        if start is None or not fs.isfile(path):
+            return
+        card = ExpertCard.decode(read_file(place), place)
+        if card.base_sha256 != base:
+            raise ConfigError(
+                f"--start_from {start} was trained on {card.base} ({card.base_sha256[:12]}), and "
+                f"--lm is another model ({base[:12]}): give the same, or start anew"
+            )
 
     def _train(self, training: Training, learnt: Learnt) -> Generator[Progress, None, Trained]:
         settings = self.settings
@@ -233,6 +263,9 @@ class ExpertMaker:
         settings, selection = self.settings, self._selection
         task = str(selection.config.get("task")) if selection else f"What {self._data} holds"
         profile = json.loads(read_file(f"{settings.data}/profile.json")) if selection else None
+        # By the rows that have chosen nothing: neither weights, nor directions, nor the best step.
+        looks = (trained.before, trained.after)
+        before, after = (look.halves(settings.objective)[1] for look in looks)
         card = ExpertCard(
             name=self.name,
             description=self._description or task,
@@ -246,7 +279,7 @@ class ExpertMaker:
             profile=profile,
             num_parameters=trained.num_parameters,
             share=trained.num_parameters / trained.num_base_parameters,
-            measures=compare(trained.before, trained.after, settings.objective),
+            measures=compare(before, after, settings.objective),
         )
         page = Page(
             card=card,
@@ -276,6 +309,18 @@ class ExpertMaker:
             "beats_base": card.beats_base,
         }
         finish(self.path, counts, [page.forgets] if page.forgets else [])
+
+
+def _copied_subspaces(start_from: str, staging: Path) -> list[Path]:
+    beside = f"{start_from.rstrip('/').rpartition('/')[0]}/subspace"
+    fs, root = locate(beside)
+    if not fs.isdir(root):
+        raise ConfigError(
+            f"--adapter subspace goes on from --start_from {start_from}, and no subspace lies at "
+            f"{beside}: give the adapter in the folder of the expert that it was made with"
+        )
+    names = sorted(Path(str(one)).name for one in fs.ls(root, detail=False))
+    return [Path(copied(f"{beside}/{name}", staging / f"start-{name}")) for name in names]
 
 
 _REJECTED = pa.schema(

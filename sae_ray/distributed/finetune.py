@@ -26,7 +26,7 @@ from sae_ray.adapters.finetune import Finetuning, Look, Material, Step
 from sae_ray.adapters.objectives import World
 from sae_ray.adapters.recipe import Recipe
 from sae_ray.artifacts import locate, read_file, write_atomically
-from sae_ray.distributed.gang import Gang, Tell, run_gang
+from sae_ray.distributed.gang import Gang, Tell, run_gang, together
 from sae_ray.distributed.runtime import Workers, cluster, plan_workers
 from sae_ray.storage import explain_storage, write_local
 
@@ -119,9 +119,7 @@ def _loop(config: dict[str, Any], tell: Tell) -> Trained:
                 shutil.rmtree(step.checkpoint)
             elif world.rank == 0:
                 tell(step)
-        if world.rank == 0:
-            _write(finetuning, training.out, scratch)
-        torch.distributed.barrier()
+        together(lambda: world.rank or _write(finetuning, training.out, scratch))
         return _trained(finetuning, world.count)
 
 
@@ -179,12 +177,10 @@ def deepspeed_config(training: Training, workers: Workers) -> dict[str, Any]:
 
 
 def _finetuning(training: Training, material: Material, scratch: Path, world: World) -> Finetuning:
-    start = Path(training.start_from) if training.start_from else None
+    start = training.start_from and Path(copied(training.start_from, scratch / "start"))
     adapter = training.adapter
     if adapter is not None and training.subspaces:
-        local = [
-            _copied(url, scratch / f"subspace-{i}") for i, url in enumerate(training.subspaces)
-        ]
+        local = [copied(url, scratch / f"subspace-{i}") for i, url in enumerate(training.subspaces)]
         adapter = adapter.model_copy(update={"subspaces": tuple(local)})
     return Finetuning(
         training.lm,
@@ -194,11 +190,11 @@ def _finetuning(training: Training, material: Material, scratch: Path, world: Wo
         scratch / "trainer",
         world=world,
         gather=_gather if world.count > 1 else None,
-        start_from=start,
+        start_from=start or None,
     )
 
 
-def _copied(url: str, folder: Path) -> str:
+def copied(url: str, folder: Path) -> str:
     """Bring a folder to this node."""
     fs, root = locate(url)
     with explain_storage(url):

@@ -16,8 +16,12 @@ import threading
 from collections.abc import Callable, Generator, Iterator, Mapping
 from functools import partial
 from queue import Queue
-from typing import Any
+from typing import Any, TypeVar
 
+import ray
+import ray.train.torch
+import torch
+import torch.distributed
 from fsspec.implementations.local import LocalFileSystem
 from pyarrow.fs import FSSpecHandler, PyFileSystem
 from ray.exceptions import RayError
@@ -26,12 +30,15 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.config import LoggingConfig
 from ray.train.v2.api.exceptions import TrainingFailedError
 from ray.util.queue import Queue as RayQueue
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from sae_ray import errors
 from sae_ray.artifacts import locate
 from sae_ray.distributed.runtime import WORKER_ENV, Workers
 from sae_ray.errors import SaeRayError, WorkError
+from sae_ray.storage import is_refusal, storage_errors, told
 
+T = TypeVar("T")
 Tell = Callable[[Any], None]
 """Hands a message of a worker to whoever iterates over the gang."""
 Loop = Callable[[dict[str, Any], Tell], Any]
@@ -83,8 +90,10 @@ def run_gang(loop: Loop, config: Mapping[str, Any], gang: Gang) -> Generator[Any
         SaeRayError: as a worker raised it.
         WorkError: the workers died more often than `max_failures`.
     """
-    # Ray's own queue: an actor that needs no CPU and lives as long as this call.
-    mailbox = RayQueue(actor_options={"num_cpus": 0})
+    # Ray's own queue: an actor that needs no CPU and lives as long as this call; here, since with
+    # another node it would be lost.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    mailbox = RayQueue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
     ended: Queue[Any] = Queue()
     with _environment():
         trainer = _trainer(partial(_work, loop, mailbox), dict(config), gang)
@@ -131,8 +140,34 @@ def _work(loop: Loop, mailbox: RayQueue, config: dict[str, Any]) -> Any:
     except SaeRayError as error:
         # Told, not raised: Ray would start the gang again, to fail in the same way.
         failed = _Failed(type(error).__name__, str(error))
-        mailbox.put(failed)
-        return failed
+    except storage_errors() as error:
+        if not is_refusal(error):
+            raise
+        place = str(getattr(error, "filename", None) or "storage")
+        failed = _Failed("ArtifactError", told(place, error))
+    mailbox.put(failed)
+    return failed
+
+
+def together(act: Callable[[], T]) -> T:
+    """Do something on all workers, or raise on all what went wrong on one: nobody waits for ever.
+
+    Raises:
+        SaeRayError: what the first worker that failed raised.
+    """
+    result, wrong = None, ""
+    try:
+        result = act()
+    except SaeRayError as error:
+        wrong = f"{type(error).__name__}: {error}"
+    flag = torch.tensor(float(bool(wrong)), device=ray.train.torch.get_device())
+    torch.distributed.all_reduce(flag)
+    if not flag:
+        return result  # pyright: ignore[reportReturnType]
+    said: list[str] = [""] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(said, wrong)
+    kind, _, message = next(one for one in said if one).partition(": ")
+    raise getattr(errors, kind)(message)
 
 
 def _fit(trainer: TorchTrainer, ended: "Queue[Any]") -> None:

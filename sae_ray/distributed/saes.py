@@ -184,9 +184,8 @@ class SAERun:
     ) -> dict[str, Quality | None]:
         quality: dict[str, Quality | None] = dict(measure_saes(model, encoders, instances))
         if self.settings.splice:
-            whole = WholeModel.load(self.lm, device=model.device)
-            for name, encoder in encoders.items():
-                cost = recovered(whole, encoder, batches_of(instances, 2048))
+            whole = WholeModel.load(self.lm, dtype=self.settings.dtype, device=model.device)
+            for name, cost in recovered(whole, encoders, batches_of(instances, 2048)).items():
                 one = quality[name]
                 assert one is not None
                 quality[name] = dataclasses.replace(one, recovered=cost)
@@ -221,8 +220,9 @@ class SAERun:
     def _write(self, task: Task, trained: list[TrainedSAE]) -> None:
         rejected = {row[0]: Rejected(*row) for part in self.parts for row in part["rejected"]}
         rows_in = {index: n for part in self.parts for index, n in part["rows_in"].items()}
+        divided = self.parts if self.settings.placement == "data" else self.parts[:1]
         sums = {
-            name: sum(part["counts"][name] for part in self.parts)
+            name: sum(part["counts"][name] for part in divided)
             for name in ("instances", "tokens", "padding", "cut_instances", "cut_tokens")
         }
         curves = _merged([part["curves"] for part in self.parts])

@@ -7,10 +7,11 @@ starts all of them again), when the driver died (the same settings are started a
 that is allowed, with fewer workers. With `num_workers=0` all of it is in this process, without Ray.
 """
 
+import dataclasses
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import ray.train
 import ray.train.torch
@@ -20,19 +21,15 @@ from fsspec.implementations.local import LocalFileSystem
 from ray.train import Checkpoint
 from torch import Tensor
 
-from sae_ray import errors
 from sae_ray.artifacts import config_hash, locate, read_file, write_atomically
-from sae_ray.distributed.gang import Gang, Tell, run_gang
+from sae_ray.distributed.gang import Gang, Tell, run_gang, together
 from sae_ray.distributed.runtime import cluster, plan_workers
-from sae_ray.errors import SaeRayError
 from sae_ray.sae.part import Part, Task, from_bytes, to_bytes
 from sae_ray.sae.train import Step
 
 _BUCKET_BYTES = 32 << 20
 _CHECKPOINT = ".checkpoint.pt"
 _RUNS = ".ray_train"
-
-T = TypeVar("T")
 
 
 def train_parts(task: Task, path: str, model_name: str) -> Iterator[Step]:
@@ -78,7 +75,19 @@ def _on_ray(task: Task, path: str, model_name: str) -> Iterator[Step]:
         min_workers=settings.min_workers,
     )
     config = {"task": task, "path": _anywhere(path), "model_name": model_name}
-    yield from run_gang(_loop, config, gang)
+    steps = run_gang(_loop, config, gang)
+    yield from steps if settings.placement == "data" else _joined(steps, len(task.specs))
+
+
+def _joined(steps: Iterator[Step], num_saes: int) -> Iterator[Step]:
+    """Put the steps of workers with SAEs of their own together, in order."""
+    waiting: dict[int, Step] = {}
+    for step in steps:
+        there = waiting.get(step.number, step)
+        whole = dataclasses.replace(there, saes={**there.saes, **step.saes})
+        waiting[step.number] = whole
+        if len(whole.saes) == num_saes:
+            yield waiting.pop(step.number)
 
 
 def _anywhere(path: str) -> str:
@@ -98,7 +107,7 @@ def _loop(config: dict[str, Any], tell: Tell) -> None:
     )
     _start(part)
     for step in part.steps():
-        if rank == 0:
+        if rank == 0 or not part.owns_all:
             tell(step)
         if _is_due(part):
             _checkpoint(part)
@@ -147,24 +156,3 @@ def _average_bucket(tensors: Sequence[Tensor]) -> None:
     flat /= torch.distributed.get_world_size()
     for tensor, part in zip(tensors, flat.split([one.numel() for one in tensors]), strict=True):
         tensor.detach().copy_(part.view_as(tensor))
-
-
-def together(act: Callable[[], T]) -> T:
-    """Do something on all workers, or raise on all what went wrong on one: nobody waits for ever.
-
-    Raises:
-        SaeRayError: what the first worker that failed raised.
-    """
-    result, wrong = None, ""
-    try:
-        result = act()
-    except SaeRayError as error:
-        wrong = f"{type(error).__name__}: {error}"
-    flag = torch.tensor(float(bool(wrong)), device=ray.train.torch.get_device())
-    torch.distributed.all_reduce(flag)
-    if not flag:
-        return result  # pyright: ignore[reportReturnType]
-    said: list[str] = [""] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(said, wrong)
-    kind, _, message = next(one for one in said if one).partition(": ")
-    raise getattr(errors, kind)(message)

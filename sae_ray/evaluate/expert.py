@@ -19,7 +19,6 @@ Statistic = Callable[[Int64[np.ndarray, "draws rows"]], Float[np.ndarray, " draw
 
 def compare(before: Look, after: Look, objective: Objective) -> list[Measure]:
     """Return what the base and the expert make of rows that were not trained on.
-
     The first measure decides whether the expert is better: nats a token of held-out replies, or
     the share of held-out pairs whose chosen reply is found the likelier. Intervals are 95 %, by
     paired bootstrap over rows (Efron & Tibshirani 1993, ch. 13: percentile).

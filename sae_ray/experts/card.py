@@ -89,8 +89,8 @@ class ExpertCard(BaseModel):
 
     @property
     def id(self) -> str:
-        """The first 16 hex digits of the SHA-256 of the card."""
-        return hashlib.sha256(self.encode()).hexdigest()[:16]
+        """Return the hash of its file: what a registry knows it by."""
+        return hash_of(self.encode())
 
     @property
     def beats_base(self) -> bool:
@@ -113,3 +113,8 @@ class ExpertCard(BaseModel):
             raise ArtifactError(
                 f"{place} is no card of an expert ({field}: {first['msg']}): make the expert again"
             ) from None
+
+
+def hash_of(card: bytes) -> str:
+    """Return the first 16 hex digits of the SHA-256 of a card's file."""
+    return hashlib.sha256(card).hexdigest()[:16]

@@ -11,6 +11,7 @@ This module does not know what an adapter is.
 """
 
 import dataclasses
+import logging
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
@@ -18,11 +19,13 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from sae_ray.artifacts import read_file, write_atomically
-from sae_ray.errors import RegistryError
-from sae_ray.experts.card import ADAPTER, ExpertCard, Status
+from sae_ray.errors import ArtifactError, RegistryError, SaeRayError
+from sae_ray.experts.card import ADAPTER, ExpertCard, Status, hash_of
 from sae_ray.experts.files import read_checked, require_weights
 from sae_ray.experts.log import Log
 from sae_ray.storage import write_local
+
+logger = logging.getLogger(__name__)
 
 Action = Literal["register", "activate", "retire"]
 
@@ -45,16 +48,13 @@ class Event(BaseModel):
 class Expert:
     """An expert as the registry has it."""
 
+    id: str
+    """The hash of its card's file."""
     card: ExpertCard
     version: int
     """1 for the first of its name that was registered."""
     status: Status
     events: tuple[Event, ...]
-
-    @property
-    def id(self) -> str:
-        """Return the hash of its card."""
-        return self.card.id
 
     @property
     def forced_because(self) -> str | None:
@@ -69,6 +69,8 @@ class ExpertRegistry:
     def __init__(self, path: str) -> None:
         self.path = path.rstrip("/")
         self._log = Log(f"{self.path}/log")
+        self._broken: dict[str, tuple[str, SaeRayError]] = {}
+        """Name of experts whose cards cannot be read, and what is wrong with them."""
 
     def register(self, card: ExpertCard, adapter: str) -> Expert:
         """Add an expert as a candidate; one that is there already is left as it is.
@@ -80,16 +82,25 @@ class ExpertRegistry:
         Raises:
             RegistryError: files are missing, changed, empty or of a kind that may hold code.
         """
-        if card.id in (known := self._experts()):
-            return known[card.id]
+        known = self._experts().get(card.id)
+        if known is not None and self._is_whole(known):
+            return known
         for name, record in sorted(card.files.items()):
             content = read_checked(f"{adapter}/{name}", record)
             if name.endswith(".safetensors"):
                 require_weights(f"{adapter}/{name}", content)
             write_atomically(f"{self.path}/experts/{card.id}/{ADAPTER}/{name}", content)
         write_atomically(self._card(card.id), card.encode())
-        self._add("register", card)
+        if known is None and card.id not in self._broken:
+            self._add("register", card)
         return self._experts()[card.id]
+
+    def _is_whole(self, expert: Expert) -> bool:
+        try:
+            self.verify(expert.id)
+        except RegistryError:
+            return False
+        return True
 
     def experts(self) -> list[Expert]:
         """Return all experts, by name and version."""
@@ -104,6 +115,9 @@ class ExpertRegistry:
         experts = self.experts()
         name, _, version = expert.partition("@")
         found = [one for one in experts if one.card.name == name]
+        for id, (broken, error) in self._broken.items():
+            if (broken == name and not found) or (len(expert) >= 4 and id.startswith(expert)):
+                raise error
         if version:
             found = [one for one in found if str(one.version) == version]
         elif found:
@@ -187,10 +201,16 @@ class ExpertRegistry:
             if event.action == "retire":
                 status[event.id] = "retired"
             mine.append(event)
-        return {
-            id: Expert(self._read_card(id), versions[id], status[id], tuple(seen))
-            for id, seen in events.items()
-        }
+        experts, self._broken = {}, {}
+        for id, seen in events.items():
+            try:
+                card = self._read_card(id)
+            except (RegistryError, ArtifactError) as error:
+                self._broken[id] = seen[0].name, error
+                logger.warning("%s@%d is left out: %s", seen[0].name, versions[id], error)
+            else:
+                experts[id] = Expert(id, card, versions[id], status[id], tuple(seen))
+        return experts
 
     def _event(self, entry: bytes) -> Event:
         try:
@@ -204,12 +224,13 @@ class ExpertRegistry:
     def _read_card(self, id: str) -> ExpertCard:
         place = self._card(id)
         try:
-            card = ExpertCard.decode(read_file(place), place)
+            content = read_file(place)
         except FileNotFoundError:
-            raise RegistryError(f"{place} is gone: restore it, or start another registry") from None
-        if card.id != id:
+            raise RegistryError(f"{place} is gone: restore it, or register it again") from None
+        # Of the bytes as they are: a later card may have fields that this one was written without.
+        if hash_of(content) != id:
             raise RegistryError(f"{place} was changed since it was registered: restore it")
-        return card
+        return ExpertCard.decode(content, place)
 
     def _add(
         self, action: Action, card: ExpertCard, reason: str | None = None, forced: bool = False

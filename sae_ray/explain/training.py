@@ -118,20 +118,17 @@ def examples(
         lanes, room = [*lanes, one], room - len(one)
     if not lanes:
         return []
-    latents = torch.cat(
-        [
-            encoder.encode(read_sequences(model, [one])[encoder.hook_point].float()).cpu()
-            for one in lanes
-        ]
-    )
-    alive = (latents > 0).any(dim=0).nonzero().squeeze(1).numpy()
-    chosen = np.random.default_rng(0).permutation(alive)[:_NUM_LATENTS]
+    states = [read_sequences(model, [one])[encoder.hook_point].float() for one in lanes]
+    on = torch.stack([(encoder.encode(x) > 0).any(dim=0) for x in states]).any(dim=0)
+    alive = on.nonzero().squeeze(1).cpu().numpy()
+    chosen = np.sort(np.random.default_rng(0).permutation(alive)[:_NUM_LATENTS])
+    latents = torch.cat([encoder.encode(x, chosen).cpu() for x in states])
     ids: list[int] = np.concatenate([one[:, TOKEN] for one in lanes]).tolist()
     ends = np.cumsum([len(one) for one in lanes])
     texts = TokenTexts(tokenizer)
     found: list[Example] = []
-    for latent in sorted(chosen.tolist()):
-        values = latents[:, latent].numpy()
+    for column, latent in enumerate(chosen.tolist()):
+        values = latents[:, column].numpy()
         shown = [
             _context(latent, int(at), ids, values, ends, texts)
             for at in np.argsort(-values, kind="stable")[:_NUM_CONTEXTS]

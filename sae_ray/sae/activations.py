@@ -141,7 +141,7 @@ class ActivationStream:
             [instances[i] for i in rng.permutation(len(instances))]
         )
         lengths = [len(one) for one in sequences]
-        if cursor.batch == 0:
+        if cursor.batch == 0 and cursor.num_passes == 0:  # the same are cut in every pass
             lost = [num for one in instances if (num := self.arrangement.num_cut(one))]
             counts.instances += len(instances)
             counts.cut_instances += len(lost)

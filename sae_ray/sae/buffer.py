@@ -84,9 +84,10 @@ class MixingBuffer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from where a buffer of the same size and seed was; takes the tensors over."""
-        self._room = state["room"] and _batch(state["room"])
-        self._waiting = state["waiting"] and _batch(state["waiting"])
+        """Go on from where a buffer of the same size and seed was, on this one's device."""
+        device = self._room.lanes.device if self._room else torch.device("cpu")
+        self._room = state["room"] and _batch(state["room"], device)
+        self._waiting = state["waiting"] and _batch(state["waiting"], device)
         self._free, self._round, self._next = state["free"], state["round"], state["next"]
         self._places = self._permutation()
 
@@ -141,6 +142,7 @@ def _tensors(tokens: TokenBatch) -> dict[str, Tensor]:
     return {"lanes": tokens.lanes.clone(), **named}
 
 
-def _batch(tensors: dict[str, Tensor]) -> TokenBatch:
-    named = {HookPoint.parse(name): x for name, x in tensors.items() if name != "lanes"}
-    return TokenBatch(tensors["lanes"], named)
+def _batch(tensors: dict[str, Tensor], device: torch.device) -> TokenBatch:
+    moved = {name: x.to(device) for name, x in tensors.items()}
+    lanes = moved.pop("lanes")
+    return TokenBatch(lanes, {HookPoint.parse(name): x for name, x in moved.items()})

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae_ray.errors import TrainingError
+from sae_ray.lm import HookPoint
 from sae_ray.sae.buffer import TokenBatch
 from sae_ray.sae.recipe import SAESpec
 from sae_ray.sae.sequences import CONVERSATION, POSITION, TOKEN
@@ -47,6 +48,28 @@ class Health:
         return None
 
 
+def require_finite(
+    batch: TokenBatch, x: Float[Tensor, "tokens d_in"], point: HookPoint, before: str = ""
+) -> None:
+    """Refuse activations that are no numbers; `before` is said first.
+
+    Raises:
+        TrainingError: it names the first token that has one.
+    """
+    wrong = ~x.isfinite().all(dim=-1)
+    if wrong.any():
+        raise TrainingError(
+            f"{before}the model's activations at {point} are not finite, first at "
+            f"{_token(batch, int(wrong.int().argmax()))}: read it in float32, or leave that "
+            "conversation out"
+        )
+
+
+def _token(batch: TokenBatch, row: int) -> str:
+    lane = batch.lanes[row].tolist()
+    return f"conversation {lane[CONVERSATION]}, position {lane[POSITION]}, token id {lane[TOKEN]}"
+
+
 def stop(
     number: int, spec: SAESpec, wrong: str, batch: TokenBatch, *, scale: float, rate: float
 ) -> None:
@@ -57,20 +80,12 @@ def stop(
     """
     x = batch.activations[spec.hook_point]
     norms = x.float().norm(dim=-1) * scale / x.shape[1] ** 0.5
-    where = int(norms.nan_to_num(nan=math.inf).argmax())
-    lanes = batch.lanes[where].tolist()
-    token = (
-        f"conversation {lanes[CONVERSATION]}, position {lanes[POSITION]}, token id {lanes[TOKEN]}"
-    )
-    if not math.isfinite(float(norms[where])):
-        cause = (
-            f"the model's activations at {spec.hook_point} are not finite, first at {token}: read "
-            "it in float32, or leave that conversation out"
-        )
-    elif float(norms[where]) > MASSIVE:
+    where = int(norms.argmax())
+    if float(norms[where]) > MASSIVE:
         cause = (
             f"the batch holds an activation of {float(norms[where]):.0f} times the typical norm, "
-            f"at {token}: lower learning_rate={rate:.2g} or clip_norm, or leave it out"
+            f"at {_token(batch, where)}: lower learning_rate={rate:.2g} or clip_norm, or leave it "
+            "out"
         )
     else:
         cause = f"the activations are sound: lower learning_rate={rate:.2g} or clip_norm"

@@ -162,16 +162,19 @@ class Examiner:
         return detect + self._questions(latent, "fuzz", _FUZZ, label, fuzzed, rng)
 
     def _fuzzed(self, on: Sequence[Context], rng: np.random.Generator) -> list[tuple[str, bool]]:
-        """Mark the right tokens in half of the contexts, and as many wrong ones in the others."""
-        cases = []
-        for number, one in enumerate(rng.permutation(len(on)).tolist()):
+        """Mark the right tokens in half of the contexts, and as many wrong ones in the others.
+
+        Where too few tokens are off for that, a context can only be marked rightly: such ones are
+        left out, or a latent that is on nearly everywhere would be judged by right cases alone.
+        """
+        cases: list[tuple[str, bool]] = []
+        for one in rng.permutation(len(on)).tolist():
             context, places = on[one], _on(on[one])
             wrong = _elsewhere(context, len(places), rng)
-            if number % 2 == 0:
-                cases.append((self._marked(context, places), True))
-            elif len(wrong) == len(places):
-                cases.append((self._marked(context, wrong), False))
-        return cases
+            if len(wrong) == len(places):
+                right = len(cases) % 2 == 0
+                cases.append((self._marked(context, places if right else wrong), right))
+        return cases[: len(cases) // 2 * 2]
 
     def _explained(self, contexts: LatentContexts) -> list[Context]:
         """Return contexts from the strongest on down through the quantiles, each text once."""

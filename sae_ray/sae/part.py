@@ -14,7 +14,7 @@ import io
 import json
 import logging
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,12 @@ from sae_ray.chat import ChatTokenizer
 from sae_ray.errors import ConfigError
 from sae_ray.lm import LanguageModel
 from sae_ray.sae.activations import ActivationStream, Feed, Shard
+from sae_ray.sae.buffer import TokenBatch
 from sae_ray.sae.recipe import Recipe, SAESpec
 from sae_ray.sae.sequences import Arrangement
 from sae_ray.sae.settings import TrainSettings
 from sae_ray.sae.shards import InstanceReader
-from sae_ray.sae.train import Reduce, Step, Trainer, train
+from sae_ray.sae.train import Guard, Reduce, Step, Trainer, train
 from sae_ray.tables import Slice
 from sae_ray.tiny.split import is_held_out as is_in_unseen_half
 
@@ -39,8 +40,6 @@ _CURVE_POINTS = 400
 """Points of a curve that are kept."""
 
 State = dict[str, Any]
-
-Guard = Callable[[Callable[[], Any]], Any]
 
 FOUND = ".parts"
 """Folder for what each part has found, beside the SAEs."""
@@ -136,10 +135,10 @@ class Part:
         self.feed = Feed(
             stream,
             batch_tokens=task.recipe.batch_tokens,
-            buffer_batches=settings.buffer_batches,
+            buffer_batches=settings.room_batches,
             seed=settings.seed,
         )
-        self._sample = self.feed.sample()
+        self._sample: TokenBatch | None = self.feed.sample()
         self.trainer = Trainer(
             specs,
             task.recipe,
@@ -147,12 +146,15 @@ class Part:
             device=device,
             num_workers=num_workers if by_data else 1,
             reduce=reduce if by_data else None,
+            guard=guard if by_data else None,
         )
         self.curves: list[State] = []
 
     def start(self) -> None:
         """Set scales and first biases from a sample of the data; all workers must."""
+        assert self._sample is not None, "a part is started once"
         self.trainer.start(self._sample)
+        self._sample = None
 
     def steps(self) -> Iterator[Step]:
         """Train to the end from wherever this part stands."""
@@ -196,6 +198,7 @@ class Part:
         Raises:
             ConfigError: they are of another run.
         """
+        self._sample = None  # else its room stays beside the one that is loaded
         own = own if first["num_workers"] == self.num_workers else None
         self.trainer.load_state_dict((first if self.owns_all else own or first)["trainer"])
         self.curves = list((first if self.owns_all else own or first)["curves"])
@@ -219,6 +222,9 @@ class Part:
                     regime=self.task.arrangement.regime,
                     training_tokens=self.trainer.num_tokens,
                     dataset_path=settings.data or "embedded",
+                    # As sae-lens' own store would have to read to see the same.
+                    context_size=self.task.arrangement.context_size,
+                    prepend_bos=False,
                 )
             for file in sorted(one for one in Path(folder).rglob("*") if one.is_file()):
                 write_atomically(f"{path}/{file.relative_to(folder)}", file.read_bytes())
@@ -247,5 +253,5 @@ def to_bytes(state: State) -> bytes:
 
 
 def from_bytes(content: bytes) -> State:
-    """Unpack a state; nothing in it can run code."""
-    return torch.load(io.BytesIO(content), weights_only=True)
+    """Unpack a state, wherever it was made; nothing in it can run code."""
+    return torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")

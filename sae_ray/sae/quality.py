@@ -114,7 +114,7 @@ def measure_sae(
         return quality
     batches = batches_of(instances, 2048)
     return dataclasses.replace(
-        quality, recovered=recovered(WholeModel.load(lm_path), encoder, batches)
+        quality, recovered=recovered(WholeModel.load(lm_path), {"": encoder}, batches)[""]
     )
 
 

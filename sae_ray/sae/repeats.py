@@ -45,7 +45,7 @@ class Grams:
         parts = [cls(*(np.empty(0, dtype) for dtype in (np.uint64, np.int64, np.uint64)))]
         for row, turns in texts:
             found = np.unique(np.concatenate([_hashes(turn, num_words) for turn in turns]))
-            rank = np.uint64(_hash("\x00".join(turns)))
+            rank = np.uint64(_digest("\x00".join(turns)))
             parts.append(cls(found, np.full(len(found), row), np.full(len(found), rank)))
         return cls.joined(parts)
 
@@ -92,6 +92,10 @@ def _hashes(text: str, num_words: int) -> UInt64[np.ndarray, " grams"]:
 
 
 @functools.lru_cache(maxsize=2**17)
-def _hash(text: str) -> int:
+def _hash(word: str) -> int:
+    return _digest(word)
+
+
+def _digest(text: str) -> int:
     digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "little")

@@ -53,6 +53,11 @@ class Arrangement:
             if (value := getattr(self, name)) < 1:
                 raise ConfigError(f"{name}={value}: give a number of tokens of at least 1")
 
+    @property
+    def context_size(self) -> int:
+        """Return the most tokens that a sequence has."""
+        return self.max_tokens if self.regime == "fast" else self.block_tokens
+
     def num_cut(self, instance: Lanes) -> int:
         """Return how many of an instance's tokens are not read."""
         return max(0, len(instance) - self.max_tokens) if self.regime == "fast" else 0

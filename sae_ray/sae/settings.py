@@ -72,8 +72,9 @@ class TrainSettings(JobConfig):
     """Precision of the SAEs' large products; weights and thresholds are float32 always."""
     tokens_per_forward: int = Field(default=8192, ge=1)
     """Tokens in a batch of the language model, padding included."""
-    buffer_batches: int = Field(default=16, ge=1)
-    """Batches that the mixing buffer holds, of which tokens are drawn at random."""
+    buffer_batches: int | None = Field(default=None, ge=1)
+    """Batches that the mixing buffer holds, of which tokens are drawn at random. Not set: 16
+    (fast_paper, whose batches are small: those of eight forwards, or nothing would mix)."""
     drop_repeats: Order | None = None
     """Drop conversations that share 20 words on end with one that was kept before: `rows` goes by
     the order of the pool, as the paper does, `content` by a hash, so that order does not matter."""
@@ -102,8 +103,9 @@ class TrainSettings(JobConfig):
     label_conversations: int = Field(default=0, ge=0)
     """Conversations in which every SAE's latents are looked at and labelled; 0 for no labels."""
     trackers: list[Literal["tensorboard", "wandb", "mlflow"]] = []
-    """Where curves go beside the report: `tensorboard` in the output folder, wandb and mlflow as
-    their own environment variables say. If one fails, training goes on."""
+    """Where curves go beside the report: `tensorboard` in a folder beside the output's, of its name
+    and -tensorboard, wandb and mlflow as their own environment variables say. If one fails,
+    training goes on."""
     seed: int = Field(default=0, ge=0)
     """Of the order of the data."""
 
@@ -118,7 +120,27 @@ class TrainSettings(JobConfig):
                 "--placement saes needs a fixed number of workers, at least 2: set --num_workers "
                 "and leave --min_workers out"
             )
+        for name, why in self._of_no_use().items():
+            if getattr(self, name) != TrainSettings.model_fields[name].default:
+                raise ValueError(f"--{name} does nothing {why}: leave it out")
+        if self.label_conversations and self.regime == "bt_p" and self.data is not None:
+            raise ValueError(
+                "--label_conversations needs conversations and regime bt_p reads text: leave it "
+                "out, and label the SAEs with jobs/label_latents.py"
+            )
         return self
+
+    def _of_no_use(self) -> dict[str, str]:
+        """Return settings that this run would not look at, and why."""
+        archs = set(self.archs)
+        of_no_use = {"block_tokens": "with --regime fast, which cuts by --max_tokens"}
+        if self.regime != "fast":
+            of_no_use = {"max_tokens": f"with --regime {self.regime}, which cuts by --block_tokens"}
+        if archs <= {"standard", "gated"}:
+            of_no_use["k"] = f"for {', '.join(sorted(archs))}, which have --sparsity"
+        if archs <= {"topk", "batchtopk", "matryoshka"}:
+            of_no_use["sparsity"] = f"for {', '.join(sorted(archs))}, which have --k"
+        return of_no_use
 
     def identity(self) -> dict[str, JsonValue]:
         """Return what decides the result beside model and data."""
@@ -150,12 +172,11 @@ class TrainSettings(JobConfig):
         specs: list[SAESpec] = []
         for point in self.points(config, name):
             widths = self.widths or [_EXPANSION * width_at(config, point)]
-            k = None if self.sparsity is not None and set(self.archs) == {"jumprelu"} else self.k
+            k = self.k if set(self.archs) != {"jumprelu"} or self._has_target else None
             specs += grid(
                 [point], self.archs, widths, k=k, sparsity=self.sparsity, seeds=self.seeds
             )
-        if self.sparsity is not None:
-            # A penalty that is given takes the place of the target.
+        if not self._has_target:
             specs = [
                 dataclasses.replace(one, k=None) if one.architecture == "jumprelu" else one
                 for one in specs
@@ -163,6 +184,12 @@ class TrainSettings(JobConfig):
         if not specs:
             raise ConfigError("no SAE is asked for: give at least one of archs, seeds, hook_points")
         return specs
+
+    @property
+    def _has_target(self) -> bool:
+        """Whether jumprelu aims at k: a penalty takes its place, the paper's unless k is given."""
+        by_penalty = self.preset == "fast_paper" and "k" not in self.model_fields_set
+        return self.sparsity is None and not by_penalty
 
     def arrangement(self, config: PretrainedConfig) -> Arrangement:
         """Return how instances become sequences.
@@ -182,6 +209,12 @@ class TrainSettings(JobConfig):
             max_tokens=self.max_tokens or min(8192, limit),
             block_tokens=self.block_tokens or min(2048, limit),
         )
+
+    @property
+    def room_batches(self) -> int:
+        """Return how many batches the mixing buffer holds."""
+        by_preset = {"default": 16, "fast_paper": 8 * self.tokens_per_forward // 128}
+        return self.buffer_batches or by_preset[self.preset]
 
     def recipe(self) -> Recipe:
         """Return how the SAEs are trained."""

@@ -13,6 +13,8 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
+
 from sae_ray.chat import ChatTokenizer, Conversation
 from sae_ray.errors import PoolError
 from sae_ray.rows import MAX_CHARS, BadRow, Rejected, count_reasons, excerpt, to_conversation
@@ -118,9 +120,10 @@ class InstanceReader:
         return self._cached[part.index]
 
     def held_out(self, slices: Sequence[Slice], num_rows: int) -> list[Lanes]:
-        """Return the first held-out instances of slices, about so many."""
+        """Return held-out instances from all over some slices, about so many."""
         instances: list[Lanes] = []
-        for part in slices:
+        # Not the first: a pool is often one source behind the other.
+        for part in (slices[i] for i in np.random.default_rng(0).permutation(len(slices))):
             if len(instances) >= num_rows:
                 break
             instances += self._read(part, held_out=True)

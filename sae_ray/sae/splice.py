@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from safetensors import SafetensorError
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sae_ray.errors import ModelError
@@ -114,33 +115,43 @@ class Recovered:
 
 
 def recovered(
-    model: WholeModel, encoder: LatentEncoder, batches: Iterable[Sequence[Lanes]]
-) -> Recovered:
-    """Measure losses with a SAE in the whole model, over batches of sequences.
+    model: WholeModel, encoders: Mapping[str, LatentEncoder], batches: Iterable[Sequence[Lanes]]
+) -> dict[str, Recovered]:
+    """Measure losses with each SAE in turn in the whole model, over batches of sequences.
+
+    The model as it is runs once for all of them, and once with zeros for each hook point.
 
     Raises:
-        ModelError: it is a transcoder, which does not give back what it reads.
+        ModelError: one is a transcoder, which does not give back what it reads.
     """
-    if encoder.is_transcoder:
+    if any(encoder.is_transcoder for encoder in encoders.values()):
         raise ModelError("a transcoder cannot be spliced in where it reads: give a SAE")
-
-    def splice(x: Tensor) -> Tensor:
-        return encoder.reconstruct(x).to(x.dtype)
-
-    edits = [None, {encoder.hook_point: splice}, {encoder.hook_point: torch.zeros_like}]
-    sums = torch.zeros(5, dtype=torch.float64)
+    sums = {name: torch.zeros(5, dtype=torch.float64) for name in encoders}
     num_predicted = num_tokens = 0
     for sequences in batches:
-        ids, real = _padded(sequences)
-        clean, *others = (model.logits(ids, edit).float().log_softmax(-1).cpu() for edit in edits)
-        predicts = real[:, 1:]
-        losses = [_losses(one, ids)[predicts].double().sum() for one in (clean, *others)]
-        divergences = [_divergence(clean, one)[real].double().sum() for one in others]
-        sums += torch.stack([*losses, *divergences])
-        num_predicted += int(predicts.sum())
+        ids, real = (one.to(model.model.device) for one in _padded(sequences))
+        clean = model.logits(ids)
+        loss = _loss(clean, ids, real)
+        zeros: dict[HookPoint, tuple[float, float]] = {}
+        for name, encoder in encoders.items():
+            point = encoder.hook_point
+            if point not in zeros:
+                other = model.logits(ids, {point: torch.zeros_like})
+                zeros[point] = _loss(other, ids, real), _divergence(clean, other, real)
+            other = model.logits(ids, {point: _splice(encoder)})
+            ce, kl = _loss(other, ids, real), _divergence(clean, other, real)
+            sums[name] += torch.tensor([loss, ce, zeros[point][0], kl, zeros[point][1]])
+        num_predicted += int(real[:, 1:].sum())
         num_tokens += int(real.sum())
     counts = torch.tensor([num_predicted] * 3 + [num_tokens] * 2)
-    return Recovered(*(sums / counts).tolist(), num_tokens=num_tokens)
+    return {
+        name: Recovered(*(one / counts).tolist(), num_tokens=num_tokens)
+        for name, one in sums.items()
+    }
+
+
+def _splice(encoder: LatentEncoder) -> Edit:
+    return lambda x: encoder.reconstruct(x).to(x.dtype)
 
 
 def _padded(sequences: Sequence[Lanes]) -> tuple[Tensor, Tensor]:
@@ -152,9 +163,23 @@ def _padded(sequences: Sequence[Lanes]) -> tuple[Tensor, Tensor]:
     return ids, real
 
 
-def _losses(log_probs: Tensor, ids: Tensor) -> Float[Tensor, "batch seq_less_1"]:
-    return -log_probs[:, :-1].gather(-1, ids[:, 1:, None]).squeeze(-1)
+_ROWS_AT_ONCE = 1024
+"""Of log probabilities, each as wide as the vocabulary."""
 
 
-def _divergence(clean: Tensor, other: Tensor) -> Float[Tensor, "batch seq"]:
-    return (clean.exp() * (clean - other)).sum(-1)
+def _loss(logits: Tensor, ids: Tensor, real: Tensor) -> float:
+    """Return the summed loss of the next token, where there is one."""
+    predicts = real[:, 1:]
+    rows, targets = logits[:, :-1][predicts], ids[:, 1:][predicts]
+    parts = zip(rows.split(_ROWS_AT_ONCE), targets.split(_ROWS_AT_ONCE), strict=True)
+    return sum(float(cross_entropy(x.float(), t, reduction="sum").double()) for x, t in parts)
+
+
+def _divergence(clean: Tensor, other: Tensor, real: Tensor) -> float:
+    """Return the summed divergence of the model as it is from another, over real tokens."""
+    total = 0.0
+    rows = [one[real].split(_ROWS_AT_ONCE) for one in (clean, other)]
+    for p, q in zip(*rows, strict=True):
+        mine, its = p.float().log_softmax(-1), q.float().log_softmax(-1)
+        total += float((mine.exp() * (mine - its)).sum(-1).double().sum())
+    return total

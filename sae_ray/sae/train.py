@@ -23,7 +23,7 @@ from sae_ray.errors import ConfigError
 from sae_ray.lm import HookPoint, LanguageModel
 from sae_ray.sae.activations import ActivationStream, Feed, Shard
 from sae_ray.sae.buffer import TokenBatch
-from sae_ray.sae.health import Health, geometric_median, scale_of, stop
+from sae_ray.sae.health import Health, geometric_median, require_finite, scale_of, stop
 from sae_ray.sae.recipe import Recipe, SAESpec
 from sae_ray.sae.sequences import Lanes
 
@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from sae_ray.sae.learner import Learner
 
 Reduce = Callable[[list[Tensor]], None]
+Guard = Callable[[Callable[[], Any]], Any]
+"""Does something on all workers, or raises on all what went wrong on one."""
+
 """Averages each of the tensors over all workers, in place."""
 
 
@@ -81,6 +84,7 @@ class Trainer:
         device: torch.device | str = "cpu",
         num_workers: int = 1,
         reduce: Reduce | None = None,
+        guard: Guard | None = None,
     ) -> None:
         from sae_ray.sae.learner import Learner  # noqa: PLC0415 (sae-lens: see above)
 
@@ -89,6 +93,7 @@ class Trainer:
             raise ConfigError(f"SAE {twice[0]} is asked for twice: give each its own seed")
         self.specs, self.recipe = tuple(specs), recipe
         self.num_workers, self.reduce = num_workers, reduce
+        self._guard: Guard = guard or (lambda act: act())
         self.learners: dict[str, Learner] = {
             spec.name: Learner(spec, recipe, widths[spec.hook_point], device) for spec in specs
         }
@@ -102,6 +107,7 @@ class Trainer:
         """Set each hook point's scale and each SAE's first b_dec, from a sample of tokens."""
         for point in sorted({spec.hook_point for spec in self.specs}):
             x = sample.activations[point]
+            self._guard(lambda x=x, point=point: require_finite(sample, x, point))
             scale = scale_of(x) if self.recipe.normalise else 1.0
             shared = [x.new_tensor([scale], dtype=torch.float64), geometric_median(x)]
             if self.reduce:
@@ -197,17 +203,24 @@ class Trainer:
     def _stop_if_ill(self, batch: TokenBatch, figures: Sequence[Figures]) -> None:
         for learner, one in zip(self.learners.values(), figures, strict=True):
             health = self._health[learner.spec.name]
-            if wrong := health.check(
-                one.loss, one.error, one.gradient_norm, self.recipe.spike_factor
-            ):
-                stop(
-                    self.number,
-                    learner.spec,
-                    wrong,
-                    batch,
-                    scale=learner.scale,
-                    rate=one.learning_rate,
-                )
+            wrong = health.check(one.loss, one.error, one.gradient_norm, self.recipe.spike_factor)
+            if wrong is None:
+                continue
+            # Figures are of all workers: the one whose batch is not sound says so first.
+            at, said = (
+                learner.spec.hook_point,
+                f"step {self.number}, SAE {learner.spec.name}: {wrong}; ",
+            )
+            x = batch.activations[at]
+            self._guard(lambda x=x, at=at, said=said: require_finite(batch, x, at, said))
+            stop(
+                self.number,
+                learner.spec,
+                wrong,
+                batch,
+                scale=learner.scale,
+                rate=one.learning_rate,
+            )
 
 
 def train(trainer: Trainer, batches: Iterator[TokenBatch]) -> Iterator[Step]:

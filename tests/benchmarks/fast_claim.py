@@ -6,7 +6,9 @@
 For each regime and seed, SAEs of both architectures and of several penalties are trained from one
 forward, and measured on the same held-out conversations, each read alone. Errors (eq. 7) are then
 interpolated to one L0 that all of them reach, log against log, and divided seed by seed; intervals
-are t intervals over seeds of the log ratio. Needs torch, transformers and sae-lens, but not Ray.
+are t intervals over seeds of the log ratio, on the same held-out conversations. The recipe is our
+default one, for all regimes alike; the paper's has batches of 128 tokens. Needs torch, transformers
+and sae-lens, but not Ray.
 
 Source: FAST, arXiv 2506.07691, tables 3-9 (which are not at matched L0).
 """
@@ -24,6 +26,7 @@ from typing import Any, get_args
 
 import numpy as np
 import torch
+from scipy.stats import t as student
 
 from sae_ray import tiny
 from sae_ray.chat import ChatTokenizer
@@ -55,8 +58,6 @@ PAPER = {
     ("jumprelu", "bt_p", "special and role"): 0.004,
 }
 """Median over 40 models and layers of FAST's MSE over the other's; at whatever L0 each had."""
-T_QUANTILE = {1: math.inf, 2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}
-"""97.5 % of Student's t, by the number of seeds."""
 ROWS_PER_SHARD = 512
 
 
@@ -165,14 +166,14 @@ Curves = dict[tuple[str, int], list[dict[str, Any]]]
 
 def common_l0(curves: Curves) -> float | None:
     """Return the middle of the L0 range that every regime and seed spans, if there is one."""
-    low = max(min(one["l0"] for one in curve) for curve in curves.values())
+    low = max(1e-3, *(min(one["l0"] for one in curve) for curve in curves.values()))
     high = min(max(one["l0"] for one in curve) for curve in curves.values())
     return math.sqrt(low * high) if low <= high else None
 
 
 def error_at(curve: list[dict[str, Any]], l0: float, part: str) -> float:
     """Interpolate a SAE's error to an L0, log against log."""
-    points = sorted((math.log(one["l0"]), math.log(one["mse"][part])) for one in curve)
+    points = sorted((math.log(max(one["l0"], 1e-3)), math.log(one["mse"][part])) for one in curve)
     return math.exp(float(np.interp(math.log(l0), *np.array(points).T)))
 
 
@@ -190,6 +191,9 @@ def ratios(records: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         others = [one for one in get_args(Regime)[1:] if (one, seeds[0]) in curves]
         curves = {key: curve for key, curve in curves.items() if key[1] in seeds}
         l0 = common_l0(curves)
+        if l0 is None:
+            spans = {key: [one["l0"] for one in curve] for key, curve in curves.items()}
+            print(f"{architecture}: no L0 is reached by all: {spans}", flush=True)
         for other, part in itertools.product(others if l0 else (), PARTS):
             assert l0 is not None
             logs = [
@@ -199,7 +203,8 @@ def ratios(records: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
             ]
             middle = float(np.mean(logs))
             spread = float(np.std(logs, ddof=1)) if len(seeds) > 1 else 1.0
-            half = T_QUANTILE[len(seeds)] * spread / len(seeds) ** 0.5
+            quantile = student.ppf(0.975, len(seeds) - 1) if len(seeds) > 1 else math.inf
+            half = float(quantile) * spread / len(seeds) ** 0.5
             yield {
                 "architecture": architecture,
                 "over": other,

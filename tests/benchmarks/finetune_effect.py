@@ -121,13 +121,16 @@ def general_rows(source: str, tokenizer: ChatTokenizer) -> list[Any]:
     return [one for one in found if len(one.ids) > 1]
 
 
-def subspace_of(options: argparse.Namespace, arm: str, path: str, seed: int, folder: str) -> str:
+def subspace_of(
+    options: argparse.Namespace, arm: str, path: str, seed: int, folder: str, held_out: set[str]
+) -> str:
     """Write the subspace of an arm: the SAE's, or one of as many other directions."""
     (found,) = span(
         [options.sae],
         {"positive": path, "reference": options.pool},
         Path(folder, "sae"),
         lambda sae, slices: pooled_rows(slices, SpanWork(options.lm, sae), 0),
+        leave_out=held_out,
         num_rows=400,
         staging=folder,
         seed=seed,
@@ -140,7 +143,12 @@ def subspace_of(options: argparse.Namespace, arm: str, path: str, seed: int, fol
         U = torch.linalg.qr(torch.randn(d_in, r, generator=torch.Generator().manual_seed(seed)))[0]
     else:
         scorer = LatentScorer.load(ScorerConfig(options.lm, options.sae, dtype="float32"))
-        rows = [one for piece in plan(path).slices for one in read(piece).conversations]
+        rows = [
+            one
+            for piece in plan(path).slices
+            for one in read(piece).conversations
+            if one.id not in held_out
+        ]
         hidden = scorer(rows[:400], range(min(400, len(rows)))).block.hidden[:, 1]
         x = torch.from_numpy(hidden - hidden.mean(0)).float()
         U = torch.linalg.svd(x, full_matrices=False)[2][:r].T.contiguous()
@@ -150,14 +158,16 @@ def subspace_of(options: argparse.Namespace, arm: str, path: str, seed: int, fol
     return str(other)
 
 
-def spec_of(arm: str, options: argparse.Namespace, path: str, seed: int, folder: str) -> Any:
+def spec_of(
+    arm: str, options: argparse.Namespace, path: str, seed: int, folder: str, held_out: set[str]
+) -> Any:
     kind = ARMS[arm]
     if kind == "full":
         return None
     if kind == "lora":
         return AdapterSpec(kind="lora")
     if kind == "subspace":
-        subspace = subspace_of(options, arm, path, seed, folder)
+        subspace = subspace_of(options, arm, path, seed, folder, held_out)
         mode: Any = arm.rpartition(" ")[2]
         return AdapterSpec(kind="subspace", subspaces=(subspace,), mode=mode)
     return AdapterSpec(kind=kind, sae=(options.sae,))  # pyright: ignore[reportArgumentType]
@@ -182,7 +192,8 @@ def run_cell(options: argparse.Namespace, domain: str, seed: int, arm: str) -> d
             learning_rate=factor * LEARNING_RATES[kind],  # pyright: ignore[reportArgumentType]
             seed=seed,
         )
-        spec = spec_of(arm if ARMS[arm] else "steering", options, path, seed, folder)
+        held_out = {row.id for row in material.held_out}
+        spec = spec_of(arm if ARMS[arm] else "steering", options, path, seed, folder, held_out)
         finetuning = Finetuning(options.lm, spec, recipe, material, Path(folder, "trainer"))
         looks = list(finetuning.looks)
         for step in finetuning.steps():

@@ -12,7 +12,6 @@ import argparse
 import contextlib
 import dataclasses
 import gc
-import multiprocessing
 import os
 import statistics
 import tempfile
@@ -29,19 +28,28 @@ from measure import Figure, Part, add_inputs
 
 from sae_ray import tiny
 from sae_ray.chat import ChatTokenizer
-from sae_ray.lm import HookPoint, LanguageModel, load_config
+from sae_ray.distributed.runtime import cluster
+from sae_ray.distributed.saes import SAERun
+from sae_ray.distributed.train import train_parts
+from sae_ray.lm import HookPoint, LanguageModel, fast_dtype, load_config
 from sae_ray.pool import plan
 from sae_ray.sae.activations import ActivationStream, Feed, read_sequences
 from sae_ray.sae.encoder import LatentEncoder
 from sae_ray.sae.quality import measure_saes
 from sae_ray.sae.recipe import Recipe, SAESpec, grid
 from sae_ray.sae.sequences import TOKEN, Arrangement, Lanes, Regime
+from sae_ray.sae.settings import TrainSettings
 from sae_ray.sae.shards import InstanceReader
 from sae_ray.sae.train import Trainer, in_shards, train
 from sae_ray.tiny.split import is_held_out
 
 K = 32
 CONTEXT = 256
+REFILL = 4
+"""Batches in half of the buffer."""
+FAST: Any = fast_dtype()
+IS_FAST = FAST == "bfloat16"
+"""What this machine multiplies fastest: bf16 that it only emulates takes many times longer."""
 SEVEN_B = {"d_model": 3584, "d_ff": 18944, "d_kv": 512, "layers": 28, "length": 512}
 """Qwen2.5-7B's shape."""
 
@@ -54,9 +62,11 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--d_sae", type=int, default=2048)
     parser.add_argument("--batch_tokens", type=int, default=4096)
     parser.add_argument("--rows", type=int, default=2000)
-    parser.add_argument("--steps", type=int, default=6, help="of a turn")
+    parser.add_argument("--steps", type=int, default=2 * REFILL, help="of a turn")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--quality_steps", type=int, default=150)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--scaling_steps", type=int, default=60)
     return parser.parse_args()
 
 
@@ -102,8 +112,17 @@ class Contest:
         trainer.start(sample)
         return trainer, feed
 
-    def theirs(self, store_batch: int, *, autocast: bool) -> Any:
-        """Return sae-lens' trainer, fed by its activation store."""
+    def theirs(
+        self, store_batch: int, *, lm: str = "float32", autocast: bool = False, sparse: bool = False
+    ) -> Any:
+        """Return sae-lens' trainer, fed by its activation store.
+
+        Args:
+            store_batch: blocks in a forward of the language model.
+            lm: its precision.
+            autocast: whether the SAE's products are in bf16.
+            sparse: sae-lens' use_sparse_activations.
+        """
         from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig  # noqa: PLC0415
         from sae_lens.config import LoggingConfig, SAETrainerConfig  # noqa: PLC0415
         from sae_lens.load_model import HookedProxyLM  # noqa: PLC0415
@@ -112,7 +131,7 @@ class Contest:
         from transformers import AutoModelForCausalLM  # noqa: PLC0415
 
         name = f"model.layers.{self.point.layer}"
-        model = AutoModelForCausalLM.from_pretrained(self.lm, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(self.lm, dtype=getattr(torch, lm))
         # Tokenised and cut beforehand, which spares it both.
         ids = np.concatenate([one[:, TOKEN] for one in self.instances])
         blocks = ids[: len(ids) // CONTEXT * CONTEXT].reshape(-1, CONTEXT)
@@ -127,7 +146,7 @@ class Contest:
             hook_head_index=None,
             context_size=CONTEXT,
             d_in=self.d_in,
-            n_batches_in_buffer=max(4, 8 * batch // (store_batch * CONTEXT)),
+            n_batches_in_buffer=8 * batch // CONTEXT,  # counted in blocks: as many as ours mixes
             total_training_tokens=total,
             store_batch_size_prompts=store_batch,
             train_batch_size_tokens=batch,
@@ -135,7 +154,7 @@ class Contest:
             normalize_activations="none",
             device=torch.device("cpu"),
             dtype="float32",
-            autocast_lm=autocast,
+            autocast_lm=False,
             sequence_separator_token=None,
         )
         peak = self.recipe.learning_rate_of(self.spec, self.recipe.num_steps // 2)
@@ -155,6 +174,7 @@ class Contest:
                 d_in=self.d_in,
                 d_sae=self.spec.d_sae,
                 k=K,
+                use_sparse_activations=sparse,
                 normalize_activations="expected_average_only_in",
             )
         )
@@ -272,21 +292,27 @@ def matmul_peak(d_in: int, d_sae: int, rows: int) -> float:
 def speed(contest: Contest, part: Part) -> None:
     arguments = contest.arguments
     batch, rounds = arguments.batch_tokens, arguments.rounds
-    tried = {
-        (size, autocast): turn_of_theirs(contest.theirs(size, autocast=autocast))
-        for size in (8, 32)
-        for autocast in (False, True)
+    settings: list[dict[str, Any]] = [
+        {"store_batch": 8},
+        {"store_batch": 32},
+        {"store_batch": 32, "sparse": True},
+        *([{"store_batch": 32, "lm": FAST, "autocast": sae} for sae in (False, True)] * IS_FAST),
+        *([{"store_batch": 32, "lm": FAST, "sparse": True}] * IS_FAST),
+    ]
+    named = {
+        ", ".join(f"{k} {v}" for k, v in one.items()): turn_of_theirs(contest.theirs(**one))
+        for one in settings
     }
-    named = {f"sae-lens, store of {s}, autocast {a}": turn for (s, a), turn in tried.items()}
-    found = rates(named, max(2, arguments.steps // 2), 1, batch)
+    # A refill of its buffer is half of it: turns of a multiple of that hold equally many.
+    found = rates(named, REFILL, 2, batch)
     best = max(found, key=lambda name: found[name])
     part.details["sae-lens settings tried (tokens/s)"] = found
     part.details["sae-lens at its best"] = best
     turns = {
         "sae-lens": named[best],
-        "ours fp32": turn_of(*contest.ours([contest.spec])),
-        "ours bf16": turn_of(*contest.ours([contest.spec], compute="bfloat16")),
-        "blocks bf16": turn_of(*contest.ours([contest.spec], regime="bt_f", compute="bfloat16")),
+        "ours float32": turn_of(*contest.ours([contest.spec])),
+        f"ours {FAST}": turn_of(*contest.ours([contest.spec], compute=FAST)),
+        "blocks": turn_of(*contest.ours([contest.spec], regime="bt_f", compute=FAST)),
     }
     gc.collect()
     found = rates(turns, arguments.steps, rounds, batch)
@@ -295,18 +321,16 @@ def speed(contest: Contest, part: Part) -> None:
     turn_of(trainer, feed)(4)
     padding = feed.stream.counts.padding_share  # pyright: ignore[reportAttributeAccessIssue]
     peak = matmul_peak(contest.d_in, contest.spec.d_sae, batch)
-    per_token = _flops(contest)
+    per_token, ours = _flops(contest), found[f"ours {FAST}"]
     part.figures += [
         Figure("sae-lens' trainer", found["sae-lens"], "tokens/s", note=best),
-        Figure("ours, fp32", found["ours fp32"], "tokens/s"),
-        Figure("ours, bf16", found["ours bf16"], "tokens/s"),
-        Figure("ours bf16 over sae-lens", found["ours bf16"] / found["sae-lens"], "x", at_least=2),
-        Figure("ours fp32 over sae-lens", found["ours fp32"] / found["sae-lens"], "x"),
-        Figure(
-            "isolated over blocks", found["ours bf16"] / found["blocks bf16"], "x", at_least=0.95
-        ),
+        Figure("ours, float32", found["ours float32"], "tokens/s"),
+        Figure(f"ours, {FAST}", ours, "tokens/s"),
+        Figure(f"ours {FAST} over sae-lens", ours / found["sae-lens"], "x", at_least=2),
+        Figure("ours float32 over sae-lens", found["ours float32"] / found["sae-lens"], "x"),
+        Figure("isolated over blocks", ours / found["blocks"], "x", at_least=0.95),
         Figure("padding", padding, "of slots", at_most=0.05),
-        Figure("share of fp32 matmul peak, fp32", found["ours fp32"] * per_token / peak, ""),
+        Figure("share of float32 matmul peak", found["ours float32"] * per_token / peak, ""),
     ]
 
 
@@ -319,72 +343,66 @@ def _flops(contest: Contest) -> float:
 
 
 def quality(contest: Contest, part: Part) -> None:
-    """Train both to the end on as many tokens, with k latents on, and measure both alike."""
-    trainer, feed = contest.ours([contest.spec])
-    for _ in train(trainer, feed):
-        pass
-    theirs = contest.theirs(8, autocast=False)
-    with contextlib.redirect_stderr(open(os.devnull, "w")):  # its progress bar
-        sae = theirs.fit()
-    with tempfile.TemporaryDirectory() as folder:
-        (ours,) = trainer.save(Path(folder) / "ours", model_name="m").values()
-        sae.cfg.metadata.hook_name = str(contest.point)
-        sae.save_inference_model(Path(folder) / "theirs")
-        encoders = {
-            "ours": LatentEncoder.load(ours),
-            "theirs": LatentEncoder.load(Path(folder) / "theirs"),
-        }
-        model = LanguageModel.load(contest.lm, [contest.point])
-        found = measure_saes(model, encoders, contest.held_out)
-    part.details["quality"] = {name: one.headline() for name, one in found.items()}
+    """Train both to the end on as many tokens of the same blocks, and measure both alike."""
+    model = LanguageModel.load(contest.lm, [contest.point])
+    pairs: list[tuple[float, float]] = []
+    for seed in range(contest.arguments.seeds):
+        spec = dataclasses.replace(contest.spec, seed=seed)
+        trainer, feed = contest.ours([spec], regime="bt_f")
+        for _ in train(trainer, feed):
+            pass
+        torch.manual_seed(seed)
+        theirs = contest.theirs(8)
+        with contextlib.redirect_stderr(open(os.devnull, "w")):  # its progress bar
+            sae = theirs.fit()
+        with tempfile.TemporaryDirectory() as folder:
+            (ours,) = trainer.save(Path(folder) / "ours", model_name="m").values()
+            sae.cfg.metadata.hook_name = str(contest.point)
+            sae.save_inference_model(Path(folder) / "theirs")
+            encoders = {
+                "ours": LatentEncoder.load(ours),
+                "theirs": LatentEncoder.load(Path(folder) / "theirs"),
+            }
+            found = measure_saes(model, encoders, contest.held_out)
+        part.details[f"quality, seed {seed}"] = {n: one.headline() for n, one in found.items()}
+        pairs.append((found["ours"].fvu, found["theirs"].fvu))
+    ratios = [ours / theirs for ours, theirs in pairs]
     part.figures += [
+        Figure("FVU, sae-lens' trainer", statistics.mean(theirs for _, theirs in pairs), ""),
+        Figure("FVU, ours", statistics.mean(ours for ours, _ in pairs), ""),
         Figure(
-            "FVU, sae-lens' trainer", found["theirs"].fvu, "", note=f"L0 {found['theirs'].l0:.1f}"
+            "FVU ours over theirs",
+            statistics.mean(ratios),
+            "x",
+            at_most=1.01,
+            note=f"{min(ratios):.3f} to {max(ratios):.3f} over {len(ratios)} seeds",
         ),
-        Figure("FVU, ours", found["ours"].fvu, "", note=f"L0 {found['ours'].l0:.1f}"),
-        Figure("FVU ours over theirs", found["ours"].fvu / found["theirs"].fvu, "x", at_most=1.01),
     ]
 
 
-def _scaling_worker(rank: int, num: int, port: int, arguments: Any, queue: Any) -> None:
-    from sae_ray.distributed.train import average  # noqa: PLC0415
-
-    torch.set_num_threads(1)
-    os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[rank]})
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=num
-    )
-    contest = Contest(arguments)
-    trainer, feed = contest.ours([contest.spec])
-    trainer.num_workers, trainer.reduce = num, average
-    turn = turn_of(trainer, feed)
-    turn(2)
-    torch.distributed.barrier()
-    started = time.perf_counter()
-    turn(2 * arguments.steps)
-    torch.distributed.barrier()
-    if rank == 0:
-        tokens = 2 * arguments.steps * arguments.batch_tokens * num
-        queue.put(tokens / (time.perf_counter() - started))
-    torch.distributed.destroy_process_group()
-
-
-def scaling(arguments: argparse.Namespace, part: Part) -> None:
-    """Two workers of one thread against one of one thread."""
-    context = multiprocessing.get_context("spawn")
+def scaling(contest: Contest, part: Part) -> None:
+    """Time steps of the product: Ray Train workers of one thread, two against one."""
+    arguments = contest.arguments
     found: list[float] = []
-    for num in (1, 2):
-        queue = context.SimpleQueue()
-        port = 21_000 + os.getpid() % 10_000 + num
-        workers = [
-            context.Process(target=_scaling_worker, args=(rank, num, port, arguments, queue))
-            for rank in range(num)
-        ]
-        for worker in workers:
-            worker.start()
-        found.append(queue.get())
-        for worker in workers:
-            worker.join()
+    with cluster(), tempfile.TemporaryDirectory(prefix="sae-ray-") as folder:
+        for num in (1, 2):
+            settings = TrainSettings(
+                lm=contest.lm,
+                data=arguments.pool,
+                hook_points=[str(contest.point)],
+                archs=["topk"],
+                widths=[contest.spec.d_sae],
+                num_tokens=arguments.scaling_steps * arguments.batch_tokens * num,
+                batch_tokens=arguments.batch_tokens,
+                num_workers=num,
+            )
+            run = SAERun(settings, f"{folder}/{num}")
+            task = run._task(plan(arguments.pool, rows_per_shard=512))
+            ends = [
+                (time.perf_counter(), step.num_tokens) for step in train_parts(task, run.path, "m")
+            ]
+            (started, before), (ended, after) = ends[len(ends) // 4], ends[-1]
+            found.append((after - before) / (ended - started))
     part.details["tokens/s of 1 and 2 workers"] = found
     part.figures.append(Figure("2 workers over 1", found[1] / found[0], "x", at_least=1.7))
 
@@ -398,9 +416,8 @@ def main() -> None:
     part.figures.append(
         Figure("activations in a batch less alone", isolation(contest), "max abs", at_most=1e-4)
     )
-    for measure in (speed, many, quality):
+    for measure in (speed, many, quality, scaling):
         measure(contest, part)
-    scaling(arguments, part)
     part.write(arguments.out)
 
 

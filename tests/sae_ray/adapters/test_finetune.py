@@ -1,16 +1,19 @@
 import json
 import math
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from sae_ray.adapters.attach import AdapterSpec
+from sae_ray.adapters.basis import build_basis
 from sae_ray.adapters.examples import (
     TOO_LONG,
     Example,
@@ -19,11 +22,15 @@ from sae_ray.adapters.examples import (
     read_pairs,
     split,
 )
-from sae_ray.adapters.finetune import Finetuning, Material, Step
+from sae_ray.adapters.finetune import Finetuning, Look, Material, Step
+from sae_ray.adapters.loading import load_causal
+from sae_ray.adapters.objectives import in_order
 from sae_ray.adapters.recipe import Recipe
-from sae_ray.adapters.replies import row_losses
+from sae_ray.adapters.replies import RowLoss, row_losses
+from sae_ray.adapters.subspace import Subspace
 from sae_ray.chat import ChatTokenizer
 from sae_ray.errors import ConfigError, ModelError, PoolError, TrainingError
+from sae_ray.sae.pretrained import load_encoder
 
 LORA = AdapterSpec(kind="lora", r=2)
 
@@ -243,3 +250,98 @@ def test_bad_rows_are_rejected_with_their_reasons(tiny_lm: Path, tmp_path: Path)
     path.write_text("\n".join(map(json.dumps, bad.values())))
     with pytest.raises(PoolError, match="holds nothing to learn from"):
         read_examples(str(path), tokenizer, max_tokens=64)
+
+
+def test_a_subspaces_core_is_saved_as_the_lora_that_it_makes(
+    rows: list[Example], tiny_lm: Path, tiny_sae: Path, tmp_path: Path
+) -> None:
+    encoder = load_encoder(str(tiny_sae))
+    basis = build_basis(encoder.W_dec, torch.arange(4), torch.ones(4))
+    Subspace(
+        basis, encoder.hook_point, {"coherence": 0.0, "hook_point": str(encoder.hook_point)}
+    ).save(tmp_path / "subspace")
+    spec = AdapterSpec(kind="subspace", subspaces=(str(tmp_path / "subspace"),), mode="core")
+    finetuning = Finetuning(str(tiny_lm), spec, recipe(), material(rows), tmp_path / "run")
+    list(finetuning.steps())
+    finetuning.save(tmp_path / "expert")
+    assert all(one.any() for one in weights(tmp_path / "expert").values())
+    model = PeftModel.from_pretrained(base_of(tiny_lm), str(tmp_path / "expert")).eval()
+    found = row_losses(model, finetuning.material.held_out, micro_rows=2, pad=0)  # pyright: ignore[reportArgumentType]
+    before, after = finetuning.looks[0].held_out, finetuning.best.held_out
+    assert [row.nats for row in found] == pytest.approx([row.nats for row in after], rel=1e-4)
+    assert [row.nats for row in found] != pytest.approx([row.nats for row in before], rel=1e-3)
+
+
+@pytest.mark.parametrize("where", ["non_bos", "completion"])
+def test_latents_can_change_at_some_positions_alone(
+    rows: list[Example], tiny_lm: Path, tiny_sae: Path, tmp_path: Path, where: Any
+) -> None:
+    spec = AdapterSpec(kind="steering", sae=(str(tiny_sae),), positions=where)
+    given = material(rows[:20], retain=rows[20:24])
+    settings = recipe(retain_weight=0.1)
+    finetuning = Finetuning(str(tiny_lm), spec, settings, given, tmp_path / "run")
+    first, *_, last = losses(list(finetuning.steps()))
+    assert first != last
+    assert finetuning.best.held_out != finetuning.looks[0].held_out
+
+
+def test_steps_are_counted_over_packed_rows(
+    rows: list[Example], tiny_lm: Path, tmp_path: Path
+) -> None:
+    short = [row for row in rows if len(row.ids) < 100][:12]
+    settings = recipe(batch_rows=1, micro_rows=1, max_steps=None, num_epochs=2, packing=True)
+    packed = Material(short, rows[:4], [], max_tokens=6 * 100)
+    finetuning = Finetuning(str(tiny_lm), LORA, settings, packed, tmp_path / "a")
+    assert finetuning.total < 2 * len(short)
+    assert sum("loss" in step.figures for step in finetuning.steps()) == finetuning.total
+    with pytest.raises(ConfigError, match="rows to train on once packed"):
+        Finetuning(str(tiny_lm), LORA, recipe(packing=True, batch_rows=12), packed, tmp_path / "b")
+
+
+def test_a_step_has_the_same_rows_where_an_epoch_ends_within_it() -> None:
+    dataset = Dataset.from_list([{"n": i} for i in range(10)])
+    line = in_order(dataset, 24, seed=0)["n"]
+    assert sorted(line[:10]) == sorted(line[10:20]) == list(range(10))
+    assert line[:10] != line[10:20]
+    assert in_order(dataset, 8, seed=0)["n"] == line[:8]
+    assert in_order(dataset, 24, seed=1)["n"] != line
+
+
+def test_the_best_step_is_chosen_by_one_half_and_judged_by_the_other() -> None:
+    look = Look(0, [RowLoss(nats, 1) for nats in (1.0, 10.0, 2.0, 20.0, 3.0)], [])
+    chooses, judges = look.halves("sft")
+    assert [row.nats for row in chooses.held_out] == [1.0, 2.0, 3.0]
+    assert [row.nats for row in judges.held_out] == [10.0, 20.0]
+    pairs = Look(0, [RowLoss(float(i), 1) for i in range(8)], [])
+    assert [[r.nats for r in half.held_out] for half in pairs.halves("dpo")] == [
+        [0.0, 1.0, 4.0, 5.0],
+        [2.0, 3.0, 6.0, 7.0],
+    ]
+
+
+def test_an_adapter_of_another_kind_is_not_gone_on_from(
+    rows: list[Example], tiny_lm: Path, tiny_sae: Path, tmp_path: Path
+) -> None:
+    spec = AdapterSpec(kind="steering", sae=(str(tiny_sae),))
+    first = Finetuning(str(tiny_lm), spec, recipe(max_steps=1), material(rows), tmp_path / "a")
+    list(first.steps())
+    first.save(tmp_path / "expert")
+    with pytest.raises(ModelError, match="which holds steering: say --adapter steering"):
+        Finetuning(
+            str(tiny_lm),
+            LORA,
+            recipe(),
+            material(rows),
+            tmp_path / "b",
+            start_from=tmp_path / "expert",
+        )
+
+
+def test_a_model_that_lacks_a_weight_is_refused(tiny_lm: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_lm, tmp_path / "lm")
+    tensors = load_file(tmp_path / "lm/model.safetensors")
+    name = next(name for name in tensors if name.endswith("down_proj.weight"))
+    del tensors[name]
+    save_file(tensors, tmp_path / "lm/model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match=f"lacks 1 of the weights .* {name}"):
+        load_causal(str(tmp_path / "lm"), "float32")

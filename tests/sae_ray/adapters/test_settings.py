@@ -16,6 +16,17 @@ from sae_ray.errors import ConfigError
         ("--packing --objective dpo", "packing goes with sft"),
         ("--zero_stage 4", "--zero_stage="),
         ("--adapter prefix", "--adapter="),
+        ("--adapter steering --r 4", "--r does nothing for --adapter steering"),
+        ("--adapter lora --l1 0.1", "--l1 does nothing for --adapter lora"),
+        ("--start_from x --r 4", "--r does nothing with --start_from"),
+        ("--offload cpu --num_workers 0", "--offload does nothing with --num_workers 0"),
+        ("--adapter subspace --mode core --objective dpo", "core does not go with dpo"),
+        ("--adapter subspace --mode soft --zero_stage 3", "needs whole weights"),
+        ("--adapter subspace --lm x --sae y", "needs --reference"),
+        (
+            "--adapter scale --retain x --retain_weight 1 --gradient_checkpointing",
+            "leave one of them out",
+        ),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused_in_one_line(line: str, said: str) -> None:
@@ -27,6 +38,7 @@ def test_settings_that_do_not_go_together_are_refused_in_one_line(line: str, sai
 def test_the_rate_is_that_of_the_kind_unless_one_is_given() -> None:
     for kind, rate in LEARNING_RATES.items():
         line = ["--adapter", kind, "--lm", "any", "--sae", "any"]
+        line += ["--reference", "any"] * (kind == "subspace")
         settings = FinetuneSettings.parse(line)
         assert settings.recipe.learning_rate == rate
         assert settings.identity()["learning_rate"] == rate

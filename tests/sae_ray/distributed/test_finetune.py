@@ -1,21 +1,33 @@
 """Two workers on DeepSpeed give what one process gives, at every stage of ZeRO."""
 
+import dataclasses
 import json
 import math
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed
+from accelerate.state import AcceleratorState
+from peft import PeftModel
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from sae_ray.adapters.attach import AdapterSpec
+from sae_ray.adapters.basis import build_basis
+from sae_ray.adapters.edits import LATENT_KINDS
 from sae_ray.adapters.examples import read_examples, read_pairs, split
 from sae_ray.adapters.finetune import Material
 from sae_ray.adapters.recipe import Recipe
+from sae_ray.adapters.subspace import Subspace
 from sae_ray.chat import ChatTokenizer
-from sae_ray.distributed.finetune import Trained, Training, train_expert
+from sae_ray.distributed.finetune import Trained, Training, _finetuning, _join, train_expert
+from sae_ray.distributed.gang import Gang, Tell, run_gang
+from sae_ray.distributed.runtime import cluster, plan_workers
+from sae_ray.sae.pretrained import load_encoder
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -80,13 +92,15 @@ def test_two_workers_equal_one_process(
     def run(name: str, num_workers: int) -> tuple[Trained, str]:
         out = str(tmp_path / name)
         spec = AdapterSpec(kind="lora", r=2)
-        training = Training(str(tiny_lm), spec, recipe(), out, zero_stage=stage)
+        # 33 rows in steps of 4: an epoch ends within the ninth.
+        settings = recipe(max_steps=11, evaluate_every=11)
+        training = Training(str(tiny_lm), spec, settings, out, zero_stage=stage)
         return train(training, sft, num_workers), out
 
     alone, here = run("alone", 0)
     both, there = run("both", 2)
     assert both.num_workers == 2
-    assert losses(both.curves) == pytest.approx(losses(alone.curves), abs=1e-6)
+    assert losses(both.curves) == pytest.approx(losses(alone.curves), rel=1e-6)
     expected, found = weights(here), weights(there)
     assert expected.keys() == found.keys()
     for name in expected:
@@ -111,3 +125,72 @@ def test_the_first_loss_of_dpo_is_ln_2_fresh_and_after_sft(
         found = losses(train(training, dpo, 2).curves)
         assert found[0] == pytest.approx(math.log(2), abs=1e-6)
         assert found[1] < found[0]
+
+
+def _each(config: dict[str, Any], tell: Tell) -> dict[str, list[float]]:
+    """Train one after the other in the same workers, which take long to start."""
+    found = {}
+    for name, training in config["trainings"].items():
+        AcceleratorState._reset_state(reset_partial_state=True)
+        world = _join(training, config["workers"])
+        with tempfile.TemporaryDirectory() as scratch:
+            material = config["materials"][training.recipe.objective]
+            finetuning = _finetuning(training, material, Path(scratch), world)
+            for _ in finetuning.steps():
+                pass
+            if world.rank == 0:
+                finetuning.save(Path(training.out))
+            torch.distributed.barrier()
+            found[name] = losses(finetuning.curves())
+    return found
+
+
+def test_every_adapter_trains_by_either_objective_on_two_workers(
+    ray_cluster: None, tiny_lm: Path, tiny_sae: Path, tmp_path: Path, sft: Material, dpo: Material
+) -> None:
+    encoder = load_encoder(str(tiny_sae))
+    latents = torch.arange(4)
+    basis = build_basis(encoder.W_dec, latents, torch.ones(4))
+    facts = {"coherence": basis.coherence, "hook_point": str(encoder.hook_point)}
+    Subspace(basis, encoder.hook_point, facts).save(tmp_path / "subspace")
+    specs: dict[str, AdapterSpec | None] = {
+        "lora": AdapterSpec(kind="lora", r=2),
+        "subspace": AdapterSpec(kind="subspace", subspaces=(str(tmp_path / "subspace"),)),
+        **{kind: AdapterSpec(kind=kind, sae=(str(tiny_sae),)) for kind in LATENT_KINDS},
+        "full": None,
+    }
+    trainings = {
+        f"{kind} {objective}": Training(
+            str(tiny_lm),
+            spec,
+            recipe(objective=objective, max_steps=2, learning_rate=1e-2),
+            str(tmp_path / f"{kind}-{objective}"),
+        )
+        for kind, spec in specs.items()
+        for objective in ("sft", "dpo")
+    }
+    at_3 = dataclasses.replace(trainings["subspace sft"], out=f"{tmp_path}/3", zero_stage=3)
+    trainings["subspace sft at ZeRO-3"] = at_3
+    with cluster():
+        config = {
+            "trainings": trainings,
+            "materials": {"sft": sft, "dpo": dpo},
+            "workers": (workers := plan_workers(2)),
+        }
+        run = run_gang(_each, config, Gang(workers, str(tmp_path / "run"), "each", max_failures=0))
+        with pytest.raises(StopIteration) as done:
+            next(run)
+    found: dict[str, list[float]] = done.value.value
+    assert found.keys() == trainings.keys()
+    for name, (first, second) in found.items():
+        assert second != first, name
+        if name.endswith("dpo"):
+            assert first == pytest.approx(math.log(2), abs=1e-6), name
+    for name, training in trainings.items():
+        weights = "model" if name.startswith("full") else "adapter_model"
+        tensors = load_file(f"{training.out}/{weights}.safetensors")
+        assert tensors, name
+        assert all(tensor.isfinite().all() for tensor in tensors.values()), name
+        if name.startswith(("lora", "subspace")):
+            model = AutoModelForCausalLM.from_pretrained(tiny_lm)
+            PeftModel.from_pretrained(model, training.out)

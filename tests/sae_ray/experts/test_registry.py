@@ -186,3 +186,32 @@ def test_errors_of_the_registry_are_the_users(tmp_path: Path) -> None:
     (log / "000001.json").write_text("{}")
     with pytest.raises(SaeRayError, match="none of a registry's"):
         ExpertRegistry(str(tmp_path / "reg")).experts()
+
+
+def test_a_card_that_cannot_be_read_is_the_trouble_of_its_expert_alone(
+    tmp_path: Path, adapter: Path
+) -> None:
+    registry = ExpertRegistry(str(tmp_path / "reg"))
+    good = registry.register(card_of(adapter, task="good"), str(adapter))
+    bad = registry.register(card_of(adapter, name="other", task="bad"), str(adapter))
+    (tmp_path / "reg/experts" / bad.id / "card.json").write_text("{")
+    assert [one.id for one in registry.experts()] == [good.id]
+    assert registry.activate("maths").status == "active"
+    with pytest.raises(RegistryError, match="was changed since it was registered"):
+        registry.find(bad.id)
+    # Registered again, it is whole, and no other version.
+    assert registry.register(card_of(adapter, name="other", task="bad"), str(adapter)).version == 1
+    assert registry.find("other").id == bad.id
+
+
+def test_files_that_were_damaged_are_mended_by_registering_again(
+    tmp_path: Path, adapter: Path
+) -> None:
+    registry = ExpertRegistry(str(tmp_path / "reg"))
+    expert = registry.register(card_of(adapter), str(adapter))
+    place = tmp_path / "reg/experts" / expert.id / "adapter/adapter_model.safetensors"
+    place.write_bytes(b"torn")
+    with pytest.raises(RegistryError):
+        registry.verify("maths")
+    registry.register(card_of(adapter), str(adapter))
+    assert registry.verify("maths").version == 1

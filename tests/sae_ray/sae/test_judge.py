@@ -1,5 +1,6 @@
 """The judge: what it sees gives nothing away, and a rule that it follows scores as it must."""
 
+import dataclasses
 import json
 import re
 from collections import Counter
@@ -186,3 +187,19 @@ def test_intervals_are_wilsons(right: int, num: int) -> None:
 def test_with_nothing_counted_nothing_is_known() -> None:
     found = wilson(0, 0)
     assert (found.share, found.low, found.high, found.num) == (None, 0.0, 1.0, 0)
+
+
+def test_contexts_that_can_only_be_marked_rightly_are_not_asked_about(
+    tokenizer: ChatTokenizer,
+) -> None:
+    found = contexts(tokenizer)
+    dense = [
+        dataclasses.replace(
+            one, values=np.where(np.arange(len(one.ids)) % 3 == 0, 0, 5).astype(np.float32)
+        )
+        for one in found.spread
+    ]
+    rng = np.random.default_rng(0)
+    assert Examiner(tokenizer)._fuzzed(dense, rng) == []
+    truths = [truth for _, truth in Examiner(tokenizer)._fuzzed([*found.spread, *dense], rng)]
+    assert truths.count(True) == truths.count(False) > 0

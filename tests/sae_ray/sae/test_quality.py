@@ -138,7 +138,9 @@ def perfect(d_in: int) -> LatentEncoder:
 def test_a_perfect_sae_costs_nothing_wherever_it_is(any_tiny_lm: Path, site: str) -> None:
     encoder = perfect(32)
     encoder.hook_point = HookPoint.parse(f"blocks.1.{site}")
-    cost = recovered(WholeModel.load(any_tiny_lm), encoder, [instances(4), instances(3)])
+    cost = recovered(WholeModel.load(any_tiny_lm), {"one": encoder}, [instances(4), instances(3)])[
+        "one"
+    ]
     assert cost.ce_spliced == pytest.approx(cost.ce, abs=1e-5)
     assert cost.kl == pytest.approx(0, abs=1e-5)
     assert cost.kl_zero > 1e-3
@@ -151,8 +153,8 @@ def test_a_perfect_sae_costs_nothing_wherever_it_is(any_tiny_lm: Path, site: str
 
 def test_padding_does_not_enter_the_losses(tiny_lm: Path, tiny_sae: Path) -> None:
     model, encoder = WholeModel.load(tiny_lm), LatentEncoder.load(tiny_sae)
-    together = recovered(model, encoder, [instances(6)])
-    alone = recovered(model, encoder, [[one] for one in instances(6)])
+    together = recovered(model, {"one": encoder}, [instances(6)])["one"]
+    alone = recovered(model, {"one": encoder}, [[one] for one in instances(6)])["one"]
     for name in ("ce", "ce_spliced", "ce_zero", "kl", "kl_zero"):
         assert getattr(together, name) == pytest.approx(getattr(alone, name), rel=1e-4)
 

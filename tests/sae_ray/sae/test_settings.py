@@ -26,6 +26,18 @@ def test_the_grid_is_hook_points_by_architectures_by_widths_by_seeds() -> None:
     assert (jump.k, jump.sparsity) == (None, 0.1)
 
 
+def test_the_papers_jumprelu_has_its_penalty_and_no_target() -> None:
+    paper = settings(preset="fast_paper", archs=["jumprelu", "standard"], hook_points=POINTS[:1])
+    jump, standard = paper.specs(CONFIG, "m")
+    assert (jump.k, paper.recipe().sparsity_of(jump)) == (None, 0.01)
+    assert paper.recipe().sparsity_of(standard) == 5.0
+    assert paper.room_batches * 128 >= 8 * paper.tokens_per_forward
+    (aimed,) = settings(
+        preset="fast_paper", archs=["jumprelu"], hook_points=POINTS[:1], k=16
+    ).specs(CONFIG, "m")
+    assert aimed.k == 16
+
+
 def test_the_budget_is_over_all_workers() -> None:
     assert settings(num_tokens=81920).recipe().num_steps == 20
     assert settings(num_tokens=81920, num_workers=2).recipe().num_steps == 10
@@ -64,6 +76,10 @@ def test_what_cannot_be_is_refused(values, message) -> None:
         (["--num_workers", "2", "--min_workers", "3"], "more than --num_workers"),
         (["--placement", "saes"], "at least 2"),
         (["--archs", "sparse"], "archs"),
+        (["--archs", "batchtopk", "--sparsity", "3"], "--sparsity does nothing for batchtopk"),
+        (["--archs", "standard", "--k", "8"], "--k does nothing for standard"),
+        (["--regime", "fast", "--block_tokens", "512"], "--block_tokens does nothing with"),
+        (["--regime", "bt_f", "--max_tokens", "100"], "--max_tokens does nothing with"),
     ],
 )
 def test_flags_that_do_not_fit_together(flags, message) -> None:
