@@ -38,6 +38,10 @@ it was made. Llama 3.1's own default."""
 _ROLE_WORD = re.compile(r"[ ▁]?\w+(?=\n|<|\Z)")
 
 
+STANDING_ROLES = ("system", "developer")
+"""Who speaks once for a whole conversation."""
+
+
 class Message(TypedDict):
     """One turn, as Hugging Face chat templates take it."""
 
@@ -53,8 +57,12 @@ class Conversation:
     messages: list[Message]
 
     def text(self) -> str:
-        """Return the contents alone, one turn a line: what a lexical method reads."""
-        return "\n".join(message["content"] for message in self.messages)
+        """Return what is said, one turn a line: what a lexical method reads.
+
+        Not what a system prompt asks for: that is the same in many rows, and would make them alike.
+        """
+        said = [m["content"] for m in self.messages if m["role"] not in STANDING_ROLES]
+        return "\n".join(said or [m["content"] for m in self.messages])
 
 
 class Kind(enum.IntEnum):

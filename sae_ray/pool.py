@@ -12,6 +12,7 @@ Storage options of remote filesystems come from the environment (`AWS_ENDPOINT_U
 
 import dataclasses
 import hashlib
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -41,11 +42,15 @@ from sae_ray.tables import (
 if TYPE_CHECKING:
     from sae_ray.staging import DatasetName
 
+logger = logging.getLogger(__name__)
+
 _SUFFIXES = {
     "parquet": (".parquet", ".pq"),
     "lines": (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz"),
     "json": (".json", ".json.gz"),
 }
+_NOTES = (".md", ".txt", ".json", ".html", "license", ".lock")
+"""Endings of what lies beside data and is none."""
 _DATASET = re.compile(
     r"(?P<name>\w[\w.-]*(/\w[\w.-]*)?)(:(?P<config>[\w.-]+))?(@(?P<split>[\w.-]+))?"
 )
@@ -210,6 +215,11 @@ def _pick(source: str, folder: str, paths: Sequence[str]) -> list[str]:
         raise PoolError(
             f"the folder {source} holds no pool: read are files that end in "
             f"{', '.join(e for ends in _SUFFIXES.values() for e in ends)}; give another folder"
+        )
+    if skipped := [p for p in seen if p not in found and not p.lower().endswith(_NOTES)]:
+        logger.warning(
+            "%d files of %s are not read, of which the first is %s: its ending is none of a pool's",
+            *(len(skipped), source, skipped[0]),
         )
     return found
 

@@ -106,14 +106,19 @@ class LatentEdit(nn.Module):
             case "steering":
                 return self.constant()
             case "scale":
-                return (self._shrunk(self.scale) * self.sae(x)) @ W_dec
+                return self.sae(x) @ self._scaled()
             case "affine":
-                return (self._shrunk(self.scale) * self.sae(x)) @ W_dec + self.constant()
+                return self.sae(x) @ self._scaled() + self.constant()
             case "residual":
                 units = torch.relu(self.sae(x) @ self.down.float().T + self.down_bias.float())
                 # (up.T @ W_dec) first: h rows of it, where there would be one of each token.
                 written = self._shrunk(self.up, by_row=True).T @ W_dec
                 return units @ written + self._shrunk(self.up_bias) @ W_dec
+
+    def _scaled(self) -> Float[Tensor, "d_sae d_in"]:
+        """Return what each latent writes, scaled: a product of the decoder, not one of every token,
+        whose gradient is then tokens x d_in wide and not tokens x latents."""
+        return self._shrunk(self.scale).unsqueeze(1) * self.sae.W_dec
 
     def _shrunk(self, value: Tensor, *, by_row: bool = False) -> Tensor:
         """Return a parameter in fp32, with the L1 penalty in its gradient."""

@@ -22,7 +22,7 @@ from pydantic import JsonValue
 from safetensors.numpy import save as save_tensors
 
 from sae_ray.artifacts import FileRecord, Manifest, finish, locate, write_atomically
-from sae_ray.chat import Conversation
+from sae_ray.chat import STANDING_ROLES, Conversation
 from sae_ray.curate.block import SEGMENTS, IndexBlock
 from sae_ray.curate.index import Shards, shard_name
 from sae_ray.curate.lexical import build
@@ -312,7 +312,8 @@ def _texts(shards: Shards) -> Iterator[tuple[str, str]]:
     for table in shards.tables(["messages"]):
         for messages in table["messages"].to_pylist():
             text = {segment: [] for segment in SEGMENTS}
-            for message in messages:
+            standing = [m for m in messages if m["role"] in STANDING_ROLES]
+            for message in [m for m in messages if m not in standing] or messages:
                 is_response = message["role"] == "assistant"
                 text["response" if is_response else "prompt"].append(message["content"])
             yield "\n".join(text["prompt"]), "\n".join(text["response"])

@@ -287,7 +287,7 @@ def _seed_list(channels: list[Channel], drops: IndexBlock | None) -> tuple[Seed,
         )
         for channel in channels
         for one, row, w in zip(channel.block.ids, channel.block.rows, channel.weights, strict=True)
-        if w * channel.mass / total >= LISTED_SHARE
+        if not channel.in_pool or channel.name == "keep" or w * channel.mass / total >= LISTED_SHARE
     ]
     if drops is not None:
         each = -1 / len(drops)

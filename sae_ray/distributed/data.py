@@ -17,6 +17,7 @@ import ray
 import ray.data
 import torch
 from ray.data import ActorPoolStrategy
+from ray.data.exceptions import ExecutionTimeoutError
 from ray.exceptions import RayError
 
 from sae_ray import errors
@@ -131,6 +132,12 @@ def build_index(settings: IndexSettings, path: str) -> Iterator[IndexProgress]:
         staging=f"{path}/.staging",
     )
     keep = tuple(name for name in settings.keep_columns if name in pieces.columns)
+    named = settings.keep_columns if "keep_columns" in settings.model_fields_set else ()
+    if unknown := sorted(set(named) - set(pieces.columns)):
+        raise ConfigError(
+            f"keep_columns={unknown[0]!r} is no column of {settings.pool_source}, whose first file "
+            f"has {', '.join(sorted(pieces.columns))}: correct it, or leave it out"
+        )
     if reserved := sorted({*FEATURES_ONLY, "messages"} & set(keep)):
         raise ConfigError(
             f"keep_columns={reserved[0]!r} is a column of the index itself: name others, or rename "
@@ -200,7 +207,7 @@ def _on_ray(missing: list[Slice], work: Work, workers: Workers) -> Iterator[dict
                 missing = [piece for piece in missing if piece.index != part["shard"]]
                 yield part
             return
-        except RayError as error:
+        except (RayError, ExecutionTimeoutError) as error:
             failed = f"{len(missing)} shards to go ({_said(error)})"
             if attempt == _ATTEMPTS:
                 raise WorkError(
@@ -211,7 +218,7 @@ def _on_ray(missing: list[Slice], work: Work, workers: Workers) -> Iterator[dict
             logger.warning("the cluster failed with %s; going on", failed)
 
 
-def _said(error: RayError) -> str:
+def _said(error: Exception) -> str:
     """Return the line of an error that says most: the last of a worker's traceback."""
     lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
     return (lines[-1 if "Traceback" in str(error) else 0]) if lines else type(error).__name__

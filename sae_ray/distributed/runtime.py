@@ -58,7 +58,10 @@ def cluster() -> Iterator[None]:
     else:
         _join(address)
     _keep_token_private()
-    DataContext.get_current().enable_progress_bars = False
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    # Ray ends what has not moved for half an hour; a large model takes longer for a shard on a CPU.
+    context.execution_no_progress_timeout_s = -1
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     try:
         yield

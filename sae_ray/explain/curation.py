@@ -16,6 +16,7 @@ from collections.abc import Collection, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 from pydantic import JsonValue
@@ -215,7 +216,7 @@ class Curator:
         """Return hashes of all that the answer is made from."""
         named = {"examples": request.examples, "pseudo_queries": request.pseudo_queries}
         named |= {f"evaluation {one}": one for one in request.evaluation}
-        files = {n: hash_file(p).sha256 for n, p in named.items() if p and _is_file(p)}
+        files = {n: _hash_of(p) for n, p in named.items() if p}
         labels = json.dumps(sorted(self.labels.items())).encode()
         return {
             "index": self.index.manifest.content_hash,
@@ -307,9 +308,13 @@ def _conversations(source: str | None) -> list[Conversation]:
     return [one for piece in pieces for one in piece.conversations]
 
 
-def _is_file(path: str) -> bool:
-    fs, root = locate(path)
-    return fs.isfile(root)
+def _hash_of(source: str) -> str:
+    """Hash a file, or all that a folder, glob or dataset holds."""
+    fs, root = locate(source)
+    if fs.isfile(root):
+        return hash_file(source).sha256
+    with TemporaryDirectory(prefix="sae-ray-") as staging:
+        return plan(source, staging=staging).fingerprint
 
 
 def _a_few(ids: Sequence[str]) -> str:

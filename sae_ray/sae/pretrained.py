@@ -89,9 +89,16 @@ def _load_with_sae_lens(sae: str):
         if Path(sae).is_dir():
             return SAE.load_from_disk(sae)
         release, _, sae_id = sae.partition(":")
-        return SAE.from_pretrained(release, sae_id)
+        loaded = SAE.from_pretrained(release, sae_id)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(
             f"sae-lens cannot load {sae}: {' '.join(str(error).split())}; its table of pretrained "
             "SAEs (decoderesearch.github.io/SAELens) lists releases and ids"
         ) from error
+    if loaded.cfg.metadata.get("model_from_pretrained_kwargs", {}).get("center_writing_weights"):
+        raise ModelError(
+            f"{sae} was trained on a model whose writing weights are centred, which is not how "
+            "transformers loads it: its latents would be read from other activations; give an SAE "
+            "of the model as it is published"
+        )
+    return loaded

@@ -50,7 +50,9 @@ def prepare_plain(settings: dict) -> Callable[[dict], dict]:
     from trl import SFTConfig, SFTTrainer  # noqa: PLC0415  # pyright: ignore
 
     torch.set_num_threads(1)
-    rows = pq.read_table(settings["sample"]).to_pylist()
+    table = pq.read_table(settings["sample"])
+    order = np.random.default_rng((0, 0)).permutation(table.num_rows)
+    rows = table.take(order).to_pylist()  # as `in_order` has them: the same rows in every step
     dataset = Dataset.from_list(
         [{"prompt": row["messages"][:-1], "completion": row["messages"][-1:]} for row in rows]
     )
@@ -80,7 +82,7 @@ def prepare_plain(settings: dict) -> Callable[[dict], dict]:
                 report_to=[],
                 disable_tqdm=True,
                 seed=0,
-                data_seed=0,
+                train_sampling_strategy="sequential",
             )
             trainer = SFTTrainer(
                 model=AutoModelForCausalLM.from_pretrained(settings["lm"], dtype=torch.float32),

@@ -93,8 +93,11 @@ def main() -> None:
         for size, peak in peaks.items():
             part.figures.append(Figure(f"{what}, {size:,} rows: largest process", peak, "MB"))
         if len(peaks) > 1:
-            ratio = max(peaks.values()) / min(peaks.values())
-            part.figures.append(Figure(f"{what}: most / least", ratio, "x", at_most=1.2))
+            part.figures += [
+                Figure(f"{what}, {role}: most / least", max(seen) / min(seen), "x", at_most=1.2)
+                for role in ROLES
+                if len(seen := [one[role] for one in by_size.values() if role in one]) > 1
+            ]
     part.details |= {"peak_mb": found}
     show(
         "peak of the largest process of each kind, MB",

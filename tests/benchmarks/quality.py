@@ -100,6 +100,8 @@ def final_states(
 def figures(summaries: list[Summary]) -> list[Figure]:
     """Hold the default, on sentences that it was not fixed on, against its targets."""
     arms = {one.arm: one for one in summaries if one.split == "report"}
+    if not arms:  # asked for on other sentences alone: there is no target for those
+        return []
 
     def percent(arm: str) -> float:
         return 100 * arms[arm].precision
