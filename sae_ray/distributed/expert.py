@@ -45,6 +45,7 @@ from sae_ray.distributed.finetune import Trained, Training, train_expert
 from sae_ray.evaluate.expert import compare
 from sae_ray.experts.card import ADAPTER, ExpertCard
 from sae_ray.experts.files import record_files
+from sae_ray.experts.prototypes import PROTOTYPES, Eyes, make_prototypes
 from sae_ray.experts.registry import Expert, ExpertRegistry
 from sae_ray.explain.finetuning import Page, render
 from sae_ray.rows import Rejected, count_reasons
@@ -211,6 +212,18 @@ class ExpertMaker:
             except StopIteration as done:
                 return done.value
 
+    def _write_prototypes(self) -> dict[str, JsonValue] | None:
+        """Write what a router knows the expert by, where a SAE of its base is known."""
+        settings = self.settings
+        if not settings.sae and settings.lm is not None:
+            return None
+        sae = settings.sae[0] if settings.sae else EMBEDDED
+        eyes = Eyes.open(settings.lm or EMBEDDED, sae)
+        with tempfile.TemporaryDirectory(prefix="sae-ray-") as staging:
+            content = make_prototypes(eyes, self._data, staging=staging)
+        write_atomically(f"{self.path}/{ADAPTER}/{PROTOTYPES}", content)
+        return {"file": PROTOTYPES, "sae": describe_source("sae", sae).name, "sae_sha256": eyes.sae}
+
     def _write(
         self,
         learnt: Learnt,
@@ -221,6 +234,7 @@ class ExpertMaker:
         settings, selection = self.settings, self._selection
         task = str(selection.config.get("task")) if selection else f"What {self._data} holds"
         profile = json.loads(read_file(f"{settings.data}/profile.json")) if selection else None
+        prototypes = self._write_prototypes()
         card = ExpertCard(
             name=self.name,
             description=self._description or task,
@@ -232,6 +246,7 @@ class ExpertMaker:
             parents=parents,
             sources=sources,
             profile=profile,
+            prototypes=prototypes,
             num_parameters=trained.num_parameters,
             share=trained.num_parameters / trained.num_base_parameters,
             measures=compare(trained.before, trained.after, settings.objective),
