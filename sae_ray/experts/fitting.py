@@ -3,7 +3,7 @@
 How like an expert's own prompts x is:  l_e(x) = mean of the k highest cosines with members of e
 on a scale of its own:                  s_e(x) = (l_e(x) - low_e) / (mid_e - low_e)
 
-where 2 % of e's own prompts lie below low_e and half of them below mid_e, each half of them held
+where 4 % of e's own prompts lie below low_e and half of them below mid_e, each half of them held
 against the other. The base answers where max_e s_e(x) < threshold: the highest of 0 and the
 conformal quantile that 5 % of background prompts exceed (Vovk et al. 2005, split conformal).
 
@@ -35,7 +35,7 @@ Kind = Literal["zero_shot", "knn", "logistic"]
 
 LEAVING = 0.05
 """Share of background prompts that may leave the base."""
-LOST = 0.02
+LOST = 0.04
 """Share of an expert's own prompts that may stay with the base for being unlike the others."""
 NUM_CENTROIDS = 8
 NEAREST = 3
@@ -67,7 +67,8 @@ class Classifier:
         coefficients, intercepts = model.coef_, model.intercept_
         if len(groups) == 2:  # scikit-learn keeps one row of two: that of the second class
             coefficients, intercepts = (np.concatenate([-w, w]) for w in (coefficients, intercepts))
-        return cls(coefficients.astype(np.float32), intercepts.astype(np.float32))
+        as_saved = (np.ascontiguousarray(w, dtype=np.float32) for w in (coefficients, intercepts))
+        return cls(*as_saved)
 
     def lag(self, units: Units) -> Float32[np.ndarray, "n experts"]:
         """Return how far each expert's log probability lies behind that of the likeliest class."""

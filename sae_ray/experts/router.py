@@ -129,7 +129,7 @@ class Router:
             RegistryError: there are too few prompts.
         """
         seen = background.take(np.arange(0, len(background), 2))
-        space = HiddenSpace.fit(seen)
+        space = _laid_out(HiddenSpace.fit(seen))
         units = space.project(background)
         units = np.concatenate([units[::2], units[1::2]])  # the space has seen the first half
         routed = [
@@ -243,8 +243,7 @@ class Router:
             "threshold": self.fitted.threshold,
             "temperature": self.fitted.temperature,
         }
-        tensors = {k: np.ascontiguousarray(v) for k, v in self._tensors().items()}
-        write_atomically(f"{path}/router.safetensors", save(tensors))
+        write_atomically(f"{path}/router.safetensors", save(self._tensors()))
         write_atomically(f"{path}/router.json", json.dumps(about, ensure_ascii=False).encode())
         finish(path, {"num_experts": len(self.experts), "num_background": len(self.background)})
 
@@ -311,7 +310,7 @@ class Router:
         tensors |= {f"members.{i}": one for i, one in enumerate(fitted.members)}
         if fitted.classifier is not None:
             tensors |= dataclasses.asdict(fitted.classifier)
-        return tensors
+        return {name: np.ascontiguousarray(values) for name, values in tensors.items()}
 
     def _with(self, experts: Sequence[Routed]) -> "Router":
         if self.fitted.kind == "logistic":
@@ -390,3 +389,9 @@ class Router:
 def _fit(kind: Kind, experts: Sequence[Routed], background: Units) -> Fitted:
     names, units = [one.name for one in experts], [one.units for one in experts]
     return fit(kind, names, units, background)
+
+
+def _laid_out(space: HiddenSpace) -> HiddenSpace:
+    """Lay arrays out as they come back from a file: products depend on it in their last digit."""
+    fields = dataclasses.asdict(space)
+    return HiddenSpace(**{name: np.ascontiguousarray(values) for name, values in fields.items()})
