@@ -1,4 +1,4 @@
-"""How good a routed mixture is: answered by the experts that it routes to, and by what it must beat.
+"""How good a routed mixture is: right answers beside those of all that it must beat.
 
     base            the base alone
     best single     one expert for everything: the best there is

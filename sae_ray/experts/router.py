@@ -212,7 +212,7 @@ class Router:
         return routes
 
     def scores(self, block: IndexBlock) -> Float32[np.ndarray, "n experts"]:
-        """Return s of prompts that were read, for every expert in order."""
+        """Return s - t of prompts that were read, for every expert in order."""
         return self.fitted.scores(self.space.project(block))
 
     def contributions(
@@ -240,7 +240,6 @@ class Router:
         about = {
             "experts": [[one.id, one.name, one.description] for one in self.experts],
             "labels": {str(latent): label for latent, label in self.labels.items()},
-            "threshold": self.fitted.threshold,
             "temperature": self.fitted.temperature,
         }
         write_atomically(f"{path}/router.safetensors", save(self._tensors()))
@@ -285,10 +284,11 @@ class Router:
         fitted = Fitted(
             kind,
             tuple(tensors[f"members.{i}"] for i in count),
+            tensors["nobodys"],
             tensors["low"],
             tensors["mid"],
             classifier,
-            about["threshold"],
+            tensors["thresholds"],
             about["temperature"],
         )
         return cls(
@@ -305,7 +305,8 @@ class Router:
         fitted, space = self.fitted, dataclasses.asdict(self.space)
         tensors = {f"space.{name}": values for name, values in space.items()}
         tensors |= {"latent_means": self.latent_means, "background": self.background}
-        tensors |= {"low": fitted.low, "mid": fitted.mid}
+        tensors |= {"nobodys": fitted.nobodys, "low": fitted.low, "mid": fitted.mid}
+        tensors |= {"thresholds": fitted.thresholds}
         tensors |= {f"prompts.{i}": one.units for i, one in enumerate(self.experts)}
         tensors |= {f"members.{i}": one for i, one in enumerate(fitted.members)}
         if fitted.classifier is not None:

@@ -48,7 +48,7 @@ def describe(expert: Expert) -> Table:
 def tabulate_router(router: Router) -> Table:
     """Return a row an expert: its prompts, and how many of the background it would take."""
     scores = router.fitted.scores(router.background)
-    taken = (scores >= router.fitted.threshold) & (scores >= scores.max(1, keepdims=True))
+    taken = (scores >= 0) & (scores >= scores.max(1, keepdims=True))
     table = Table("expert", "id", "task", "prompts", "background taken")
     for one, share in zip(router.experts, taken.mean(0), strict=True):
         table.add_row(

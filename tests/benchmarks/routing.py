@@ -88,7 +88,7 @@ def decide(router: Router, block: IndexBlock) -> list[str]:
     """Return who answers prompts that were read: an expert's id, or the base."""
     scores = router.scores(block)
     best, ids = scores.argmax(1), [one.id for one in router.experts]
-    away = scores.max(1) >= router.fitted.threshold
+    away = scores.max(1) >= 0
     return [ids[e] if gone else "base" for e, gone in zip(best, away, strict=True)]
 
 
@@ -107,7 +107,7 @@ def measure(eyes: Eyes, blocks: Mapping[str, IndexBlock], division: Division, ki
         "stays": float(np.mean(list(stays.values()))),
         "least": float(min(stays.values())),
         "stays_by_domain": {one: float(share) for one, share in stays.items()},
-        "threshold": router.fitted.threshold,
+        "thresholds": router.fitted.thresholds.tolist(),
     }
     if kind != "logistic":
         figures["changed"] = changed(router, blocks, division)
