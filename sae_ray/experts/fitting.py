@@ -54,7 +54,7 @@ MIN_PROMPTS = 16
 MIN_BACKGROUND = 40
 _REGULARISATION = 10.0
 
-Units = Float32[np.ndarray, "n r"]
+Units = Float32[np.ndarray, "_ r"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +108,7 @@ class Fitted:
     def log_probabilities(
         self, scores: Float[np.ndarray, "n experts"]
     ) -> Float[np.ndarray, "n experts_and_base"]:
-        """Return log softmax of (s_1 - t_1, ..., s_n - t_n, 0) / temperature; the base comes last."""
+        """Return log softmax of (s_1 - t_1, ..., s_n - t_n, 0) / temperature; the base is last."""
         base = np.zeros((len(scores), 1))
         return log_softmax(np.concatenate([scores, base], axis=1) / self.temperature, axis=1)
 

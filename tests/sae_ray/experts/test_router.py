@@ -31,7 +31,11 @@ def fitted(
 
 
 def asked(text: str, *before: tuple[str, str]) -> list[dict[str, str]]:
-    turns = [(role, said) for pair in before for role, said in zip(("user", "assistant"), pair, strict=True)]
+    turns = [
+        (role, said)
+        for pair in before
+        for role, said in zip(("user", "assistant"), pair, strict=True)
+    ]
     return [{"role": role, "content": said} for role, said in (*turns, ("user", text))]
 
 
