@@ -8,9 +8,8 @@ from rich.console import Console
 
 from sae_ray.config import JobConfig, OutputPath, run_job
 from sae_ray.experts.fitting import Kind
-from sae_ray.experts.gathering import gather, sources_of
+from sae_ray.experts.gathering import gather, sources_of, tabulate
 from sae_ray.experts.registry import ExpertRegistry
-from sae_ray.experts.tables import tabulate_router
 
 
 class Config(JobConfig):
@@ -56,7 +55,7 @@ def main(config: Config) -> None:
         seed=config.seed,
     )
     router.save(config.out, lm, sae)
-    Console().print(tabulate_router(router))
+    Console().print(tabulate(router))
     print(f"{config.out}: a {config.kind} router over {len(router.experts)} experts")
 
 

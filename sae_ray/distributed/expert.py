@@ -13,6 +13,7 @@ An expert's folder holds
 import hashlib
 import io
 import json
+import logging
 import tempfile
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -42,6 +43,7 @@ from sae_ray.artifacts import (
 )
 from sae_ray.curate.sources import EMBEDDED, describe_source, fingerprint, locate_source
 from sae_ray.distributed.finetune import Trained, Training, train_expert
+from sae_ray.errors import PoolError
 from sae_ray.evaluate.expert import compare
 from sae_ray.experts.card import ADAPTER, ExpertCard
 from sae_ray.experts.files import record_files
@@ -49,6 +51,8 @@ from sae_ray.experts.prototypes import PROTOTYPES, Eyes, make_prototypes
 from sae_ray.experts.registry import Expert, ExpertRegistry
 from sae_ray.explain.finetuning import Page, render
 from sae_ray.rows import Rejected, count_reasons
+
+logger = logging.getLogger(__name__)
 
 KIND = "expert"
 Progress = tuple[str, int, int, str]
@@ -220,7 +224,11 @@ class ExpertMaker:
         sae = settings.sae[0] if settings.sae else EMBEDDED
         eyes = Eyes.open(settings.lm or EMBEDDED, sae)
         with tempfile.TemporaryDirectory(prefix="sae-ray-") as staging:
-            content = make_prototypes(eyes, self._data, staging=staging)
+            try:
+                content = make_prototypes(eyes, self._data, staging=staging)
+            except PoolError as error:  # of what nobody asks for an expert can still be made
+                logger.warning("no router will know this expert: %s", error)
+                return None
         write_atomically(f"{self.path}/{ADAPTER}/{PROTOTYPES}", content)
         return {"file": PROTOTYPES, "sae": describe_source("sae", sae).name, "sae_sha256": eyes.sae}
 

@@ -3,11 +3,14 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from rich.table import Table
+from rich.text import Text
+
 from sae_ray.curate.sources import EMBEDDED, locate_source
 from sae_ray.errors import ConfigError, ModelError
 from sae_ray.experts.fitting import Kind
 from sae_ray.experts.prototypes import Eyes, draw_prompts, prototypes_of
-from sae_ray.experts.registry import Expert, ExpertRegistry
+from sae_ray.experts.registry import ExpertRegistry
 from sae_ray.experts.router import Router
 from sae_ray.sae.labels import read_labels
 
@@ -38,14 +41,13 @@ def gather(
         RegistryError: there is no expert in use, or one cannot be told from its files and data.
     """
     eyes = Eyes.open(lm, sae)
-    experts = registry.active()
     known = {
         one.id: (one.card.name, one.card.description, prototypes_of(one, registry.path, eyes))
-        for one in experts
+        for one in registry.active()
     }
     source = background or locate_source("pool", EMBEDDED)
     prompts = eyes.read(draw_prompts(source, num_background, seed=seed))
-    labels = labels_of(locate_source("sae", sae), experts)
+    labels = labels_of(locate_source("sae", sae))
     return Router.fit(eyes, known, prompts, kind=kind, labels=labels, mixed=background is None)
 
 
@@ -61,8 +63,8 @@ def sources_of(registry: ExpertRegistry, lm: str | None, sae: str | None) -> tup
     return lm, sae or (EMBEDDED if lm == EMBEDDED else _only("sae", read_with))
 
 
-def labels_of(sae: str, experts: Sequence[Expert]) -> Mapping[int, str]:
-    """Return what latents stand for: from a file in or beside the SAE's folder, or profiles."""
+def labels_of(sae: str) -> Mapping[int, str]:
+    """Return what latents stand for, from a file in or beside the SAE's folder, if it has one."""
     for path in (Path(sae) / "labels.json", Path(sae).parent / "labels.json"):
         if path.is_file():
             try:
@@ -70,6 +72,19 @@ def labels_of(sae: str, experts: Sequence[Expert]) -> Mapping[int, str]:
             except ModelError:
                 continue  # labels of another SAE that lies there too
     return {}
+
+
+def tabulate(router: Router) -> Table:
+    """Return a row an expert: its prompts, and how many of the background it would take."""
+    scores = router.fitted.scores(router.background)
+    taken = (scores >= 0) & (scores >= scores.max(1, keepdims=True))
+    table = Table("expert", "id", "task", "prompts", "background taken")
+    for one, share in zip(router.experts, taken.mean(0), strict=True):
+        name, task = Text(one.name), Text(one.description)
+        table.add_row(name, one.id, task, str(len(one.units)), f"{share:.1%}")
+    kept = f"{1 - taken.any(1).mean():.1%} of {len(router.background):,} stay"
+    table.add_row("base", "", "", "", kept, style="dim")
+    return table
 
 
 def _only(role: str, names: Sequence[str]) -> str:

@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
+from sae_ray import tiny
 from sae_ray.artifacts import locate
 from sae_ray.chat import Conversation
 from sae_ray.curate.block import IndexBlock
@@ -144,7 +145,8 @@ def _data_of(expert: Expert) -> str:
     if source is None:
         raise PoolError("its card names no data")
     if source.name == EMBEDDED:
-        return locate_source("pool", EMBEDDED)
+        pairs = expert.card.objective == "dpo"
+        return str(tiny.preferences_path() if pairs else tiny.pool_path())
     fs, root = locate(source.name)
     table = f"{root}/selection.parquet"
     return f"{source.name}/selection.parquet" if fs.isfile(table) else source.name

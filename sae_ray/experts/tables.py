@@ -7,7 +7,6 @@ from rich.text import Text
 
 from sae_ray.experts.card import Measure
 from sae_ray.experts.registry import Expert
-from sae_ray.experts.router import Router
 
 
 def tabulate(experts: Sequence[Expert]) -> Table:
@@ -42,20 +41,6 @@ def describe(expert: Expert) -> Table:
         said = f": {event.reason}" if event.reason else ""
         forced = " by force" if event.forced else ""
         table.add_row(f"{event.at:%Y-%m-%d %H:%M:%S}", Text(f"{event.action}{forced}{said}"))
-    return table
-
-
-def tabulate_router(router: Router) -> Table:
-    """Return a row an expert: its prompts, and how many of the background it would take."""
-    scores = router.fitted.scores(router.background)
-    taken = (scores >= 0) & (scores >= scores.max(1, keepdims=True))
-    table = Table("expert", "id", "task", "prompts", "background taken")
-    for one, share in zip(router.experts, taken.mean(0), strict=True):
-        table.add_row(
-            Text(one.name), one.id, Text(one.description), str(len(one.units)), f"{share:.1%}"
-        )
-    kept = f"{1 - taken.any(1).mean():.1%} of {len(router.background):,}"
-    table.add_row("base", "", "", "", f"{kept} stay", style="dim")
     return table
 
 
