@@ -13,6 +13,7 @@ An expert's folder holds
 import hashlib
 import io
 import json
+import logging
 import tempfile
 from collections.abc import Generator, Iterator
 from contextlib import ExitStack
@@ -51,13 +52,16 @@ from sae_ray.curate.sources import (
 from sae_ray.distributed.finetune import Trained, Training, copied, train_expert
 from sae_ray.distributed.runtime import cluster
 from sae_ray.distributed.spans import SpanWork, pooled_rows
-from sae_ray.errors import ConfigError
+from sae_ray.errors import ConfigError, PoolError
 from sae_ray.evaluate.expert import compare
 from sae_ray.experts.card import ADAPTER, ExpertCard
 from sae_ray.experts.files import record_files
+from sae_ray.experts.prototypes import PROTOTYPES, Eyes, make_prototypes
 from sae_ray.experts.registry import Expert, ExpertRegistry
 from sae_ray.explain.finetuning import Page, render
 from sae_ray.rows import Rejected, count_reasons
+
+logger = logging.getLogger(__name__)
 
 KIND = "expert"
 Progress = tuple[str, int, int, str]
@@ -253,6 +257,22 @@ class ExpertMaker:
             except StopIteration as done:
                 return done.value
 
+    def _write_prototypes(self) -> dict[str, JsonValue] | None:
+        """Write what a router knows the expert by, where a SAE of its base is known."""
+        settings = self.settings
+        if not settings.sae and settings.lm is not None:
+            return None
+        sae = settings.sae[0] if settings.sae else EMBEDDED
+        eyes = Eyes.open(settings.lm or EMBEDDED, sae)
+        with tempfile.TemporaryDirectory(prefix="sae-ray-") as staging:
+            try:
+                content = make_prototypes(eyes, self._data, staging=staging)
+            except PoolError as error:  # of what nobody asks for an expert can still be made
+                logger.warning("no router will know this expert: %s", error)
+                return None
+        write_atomically(f"{self.path}/{ADAPTER}/{PROTOTYPES}", content)
+        return {"file": PROTOTYPES, "sae": describe_source("sae", sae).name, "sae_sha256": eyes.sae}
+
     def _write(
         self,
         learnt: Learnt,
@@ -266,6 +286,7 @@ class ExpertMaker:
         # By the rows that have chosen nothing: neither weights, nor directions, nor the best step.
         looks = (trained.before, trained.after)
         before, after = (look.halves(settings.objective)[1] for look in looks)
+        prototypes = self._write_prototypes()
         card = ExpertCard(
             name=self.name,
             description=self._description or task,
@@ -277,6 +298,7 @@ class ExpertMaker:
             parents=parents,
             sources=sources,
             profile=profile,
+            prototypes=prototypes,
             num_parameters=trained.num_parameters,
             share=trained.num_parameters / trained.num_base_parameters,
             measures=compare(before, after, settings.objective),

@@ -1,0 +1,63 @@
+#!/usr/bin/env python
+"""From a registry to a router: which of the experts in use answers a query, or the base."""
+
+import sys
+
+from pydantic import Field
+from rich.console import Console
+
+from sae_ray.config import JobConfig, OutputPath, run_job
+from sae_ray.experts.fitting import Kind
+from sae_ray.experts.gathering import gather, sources_of, tabulate
+from sae_ray.experts.registry import ExpertRegistry
+
+
+class Config(JobConfig):
+    """From a registry to a router: which of the experts in use answers a query, or the base.
+
+    python jobs/fit_router.py --registry runs/experts --background chats.jsonl --out runs/router
+    python jobs/fit_router.py --registry runs/experts --kind logistic --out runs/router
+
+    At most 5 % of the background's prompts leave the base. Without a background the embedded pool
+    stands in, of which prompts like the experts' own are set aside: nothing is promised then.
+    """
+
+    registry: OutputPath
+    """Folder or URL of the registry."""
+    kind: Kind = "knn"
+    """How it decides: by a few centroids of each expert's prompts (zero_shot), by the prompts
+    themselves (knn), or by a classifier trained on them (logistic)."""
+    background: str | None = None
+    """Conversations that no expert should answer: any pool. Default: part of the embedded pool."""
+    num_background: int = Field(default=1000, ge=40)
+    """Prompts drawn of the background."""
+    lm: str | None = None
+    """The experts' base: a folder or a Hugging Face name. Default: what their cards name."""
+    sae: str | None = None
+    """SAE of that model. Default: the embedded one if the model is, else what the cards name."""
+    seed: int = 0
+    """Of the draw of the background."""
+    out: OutputPath
+    """Folder or URL of the router."""
+
+
+def main(config: Config) -> None:
+    """Fit a router over the experts in use, and show what it knows."""
+    registry = ExpertRegistry(config.registry)
+    lm, sae = sources_of(registry, config.lm, config.sae)
+    router = gather(
+        registry,
+        config.background,
+        lm=lm,
+        sae=sae,
+        kind=config.kind,
+        num_background=config.num_background,
+        seed=config.seed,
+    )
+    router.save(config.out, lm, sae)
+    Console().print(tabulate(router))
+    print(f"{config.out}: a {config.kind} router over {len(router.experts)} experts")
+
+
+if __name__ == "__main__":
+    sys.exit(run_job(main, Config))

@@ -1,0 +1,102 @@
+import json
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from jobs import fit_router
+from sae_ray import tiny
+from sae_ray.artifacts import Source
+from sae_ray.config import run_job
+from sae_ray.curate.sources import fingerprint
+from sae_ray.experts.card import ExpertCard
+from sae_ray.experts.files import record_files
+from sae_ray.experts.registry import ExpertRegistry
+from sae_ray.experts.router import Router
+
+NUM_ROWS = 60
+
+
+def run(*words: str) -> int:
+    return run_job(fit_router.main, fit_router.Config, list(words))
+
+
+def write_rows(folder: Path, domain: str) -> Path:
+    rows = pq.read_table(tiny.pool_path(), columns=["domain", "messages"]).to_pylist()
+    chosen = [{"messages": row["messages"]} for row in rows if row["domain"] == domain][:NUM_ROWS]
+    path = folder / f"{domain}.jsonl"
+    path.write_text("\n".join(map(json.dumps, chosen)))
+    return path
+
+
+@pytest.fixture
+def registry(tmp_path: Path) -> str:
+    """Two experts in use and a candidate; no prototypes, but their rows are there."""
+    place = ExpertRegistry(str(tmp_path / "experts"))
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    save_file({"lora_A": torch.ones(2, 3)}, adapter / "adapter_model.safetensors")
+    for domain in ("velan", "order", "sums"):
+        card = ExpertCard(
+            name=domain,
+            description=f"What [bold]{domain}[/bold] is about",
+            adapter="lora",
+            objective="sft",
+            base="embedded",
+            base_sha256=fingerprint("lm", "embedded"),
+            files=record_files(str(adapter)),
+            sources={"data": Source(name=str(write_rows(tmp_path, domain)))},
+            num_parameters=6,
+            share=0.01,
+            measures=[],
+        )
+        expert = place.register(card, str(adapter))
+        if domain != "sums":
+            place.activate(expert.id, force_reason="a test")
+    return place.path
+
+
+def test_a_registry_becomes_a_router_that_tells_its_experts_apart(
+    registry: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    talk, out = write_rows(tmp_path, "small_talk"), tmp_path / "router"
+    line = [f"--registry={registry}", f"--out={out}", "--kind=zero_shot"]
+    assert run(*line, f"--background={talk}", "--num_background=60") == 0
+    shown = capsys.readouterr().out
+    assert "a zero_shot router over 2 experts" in shown
+    assert "What [bold]velan[/bold]" in shown
+    router = Router.load(str(out))
+    ids = {one.card.name: one.id for one in ExpertRegistry(registry).active()}
+    assert sorted(one.id for one in router.experts) == sorted(ids.values())
+    messages = [{"role": "user", "content": "Say it the old way: the red bird waits"}]
+    assert router.route(messages).expert_ids == (ids["velan"],)
+    # The same line again does nothing; another kind needs another folder.
+    assert run(*line, f"--background={talk}", "--num_background=60") == 0
+    assert run(*line[:2], "--kind=knn", f"--background={talk}", "--num_background=60") == 2
+    assert "of another run" in capsys.readouterr().err
+
+
+def test_without_a_background_the_embedded_pool_stands_in(
+    registry: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "router"
+    assert run(f"--registry={registry}", f"--out={out}", "--num_background=300") == 0
+    capsys.readouterr()
+    router = Router.load(str(out))
+    assert len(router.background) < 300  # what is like velan or order was set aside
+    ids = {one.name: one.id for one in router.experts}
+    messages = [{"role": "user", "content": "Line these up, lowest in front: 4, 2, 9"}]
+    assert router.route(messages).expert_ids == (ids["order"],)
+
+
+def test_a_registry_without_experts_in_use_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = [f"--registry={tmp_path / 'none'}", f"--out={tmp_path / 'router'}"]
+    assert run(*line) == 2
+    assert "give --lm" in capsys.readouterr().err
+    assert run(*line, "--lm=embedded") == 2
+    assert "no expert to route to" in capsys.readouterr().err
+    assert not (tmp_path / "router").exists()
