@@ -103,6 +103,8 @@ class Chosen:
     names: tuple[str, ...] = ()
     route: Route | None = None
     """Set where a router chose."""
+    known: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Names of all experts that can be asked, by id."""
 
     @property
     def header(self) -> str:
@@ -112,7 +114,6 @@ class Chosen:
     @property
     def told(self) -> dict[str, JsonValue]:
         """Return the decision for a response."""
-        known = dict(zip(self.experts, self.names, strict=True))
         experts: list[JsonValue] = [
             {"id": id, "name": name, "weight": weight}
             for id, name, weight in zip(self.experts, self.names, self.weights, strict=True)
@@ -128,7 +129,7 @@ class Chosen:
                 {"latent": r.latent, "label": r.label, "contribution": r.contribution}
                 for r in route.reasons
             ],
-            "scores": {known.get(one, one): score for one, score in route.scores.items()},
+            "scores": {self.known.get(one, one): score for one, score in route.scores.items()},
         }
 
 
@@ -193,7 +194,7 @@ class Gateway:
         names = {id: name for name, id in (await self.experts()).items()}
         chosen = tuple(names.get(id, id) for id in made.expert_ids)
         self._meters.count_route(chosen, abstained=made.abstained)
-        return Chosen(tuple(made.expert_ids), tuple(made.weights), chosen, made)
+        return Chosen(tuple(made.expert_ids), tuple(made.weights), chosen, made, names)
 
     async def answer(self, question: Question) -> Answer:
         """Return a whole answer.

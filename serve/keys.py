@@ -4,6 +4,7 @@ import hashlib
 import hmac
 import os
 import secrets
+import sys
 from pathlib import Path
 
 from sae_ray.errors import ConfigError
@@ -30,12 +31,14 @@ class Keys:
             lines = Path(path).read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(
-                f"--keys {path} cannot be read ({error}): make it with jobs/serve.py key"
+                f"--keys {path} cannot be read ({error}): make it with python -m serve.keys FILE NAME"
             ) from None
         hashes = tuple(line.split()[0] for line in lines if line.strip())
-        if not hashes or any(len(one) != 64 or set(one) - set("0123456789abcdef") for one in hashes):
+        if not hashes or any(
+            len(one) != 64 or set(one) - set("0123456789abcdef") for one in hashes
+        ):
             raise ConfigError(
-                f"--keys {path} holds no hashes of keys, one a line: make it with jobs/serve.py key"
+                f"--keys {path} holds no hashes of keys, one a line: make it with python -m serve.keys FILE NAME"
             )
         return cls(hashes)
 
@@ -67,3 +70,7 @@ def add_key(path: str, name: str) -> str:
 def _hash(key: str) -> str:
     """Return a key's hash: it is random enough that no salt and no slowness is needed."""
     return hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+if __name__ == "__main__":
+    sys.stdout.write(f"{add_key(sys.argv[1], sys.argv[2])}\n")

@@ -101,7 +101,9 @@ class Ingress:
         finally:
             self._ongoing -= 1
 
-    async def respond(self, question: Question, chosen: Chosen, form: "Form", asked: Any) -> Response:
+    async def respond(
+        self, question: Question, chosen: Chosen, form: "Form", asked: Any
+    ) -> Response:
         """Answer at once or in a stream; what goes wrong before its first byte is an error."""
         headers = {ROUTE_HEADER: chosen.header}
         if not asked.stream:
@@ -183,7 +185,9 @@ class Form:
         choice = self._choice(pieces)
         text = "".join(piece.text for piece in pieces)
         if self.chat:
-            choice["delta"] = {"role": "assistant", "content": text} if opening else {"content": text}
+            choice["delta"] = (
+                {"role": "assistant", "content": text} if opening else {"content": text}
+            )
         else:
             choice["text"] = text
         told = {"route": self.chosen.told} if opening else {}
@@ -262,7 +266,9 @@ def create_app(ingress: Ingress) -> FastAPI:
         asked = await ingress.read(request, RouteRequest)
         with ingress.place():
             chosen = await gateway.route(asked.plain, asked.moie)
-        return JSONResponse({"object": "route", **chosen.told}, headers={ROUTE_HEADER: chosen.header})
+        return JSONResponse(
+            {"object": "route", **chosen.told}, headers={ROUTE_HEADER: chosen.header}
+        )
 
     @app.get("/v1/models")
     async def models(request: Request) -> Response:
@@ -274,7 +280,9 @@ def create_app(ingress: Ingress) -> FastAPI:
     async def model(request: Request, name: str) -> Response:
         ingress.require_key(request)
         if name not in await gateway.models():
-            raise ApiError(404, "there is no such model here", param="model", code="model_not_found")
+            raise ApiError(
+                404, "there is no such model here", param="model", code="model_not_found"
+            )
         return JSONResponse(_model(name))
 
     @app.get("/healthz")

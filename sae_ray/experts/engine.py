@@ -46,7 +46,7 @@ class Limits:
     """Requests that may wait for a place in it."""
     prefill_tokens: int = 2048
     """Tokens of prompts, padding included, that are read between two steps of the others."""
-    adapter_memory_mb: float = 2048
+    adapter_memory_mb: float = 2048.0
     """What all experts in memory may take."""
 
 
@@ -177,6 +177,20 @@ class Engine:
         """Return the tokens of plain text that is to be gone on with."""
         return tuple(self._backend.encode(text).ids)
 
+    def require_tokens(self, ids: Sequence[int]) -> tuple[int, ...]:
+        """Return tokens that were given as such.
+
+        Raises:
+            RequestError: one of them is none of the model's.
+        """
+        size = self.model.config.get_text_config().vocab_size
+        if not all(0 <= id < size for id in ids):
+            raise RequestError(
+                f"the prompt holds a token that is none of 0 to {size - 1}: give the model's own",
+                param="prompt",
+            )
+        return tuple(ids)
+
     def submit(self, ask: Ask, hand_over: Callable[[Piece], None]) -> Ticket:
         """Let a request wait for its place; its pieces are handed over by the thread that steps.
 
@@ -226,9 +240,7 @@ class Engine:
         """Say what it is busy with."""
         ids = self.residents.ids
         waiting = len(self._waiting)
-        return Load(
-            len(self._rows), waiting, self._tokens, len(ids), self.residents.num_bytes
-        )
+        return Load(len(self._rows), waiting, self._tokens, len(ids), self.residents.num_bytes)
 
     def run(self, stop: threading.Event) -> None:
         """Step until told to stop; who still waits then is told that there is no more to come."""
@@ -239,7 +251,9 @@ class Engine:
                     self._wake.clear()
         finally:
             with self.residents.lock:
-                for running in dict.fromkeys([*(row.running for row in self._rows), *self._waiting]):
+                for running in dict.fromkeys(
+                    [*(row.running for row in self._rows), *self._waiting]
+                ):
                     self._end(running, "", (), "cancelled")
                 self._rows.clear()
                 self._waiting.clear()
@@ -374,9 +388,7 @@ class Engine:
                     self._rows[i] = self._rows[last]
                 self._rows.pop()
 
-    def _end(
-        self, running: _Running, text: str, tokens: tuple[Token, ...], finish: Finish
-    ) -> None:
+    def _end(self, running: _Running, text: str, tokens: tuple[Token, ...], finish: Finish) -> None:
         """Hand over the last piece, and let the experts go."""
         for resident in running.residents:
             self.residents.unpin(resident)

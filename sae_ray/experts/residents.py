@@ -47,12 +47,9 @@ class LatentRows:
         Raises:
             ModelError: they do not fit the model, or the SAE that they were made on is not there.
         """
-        before = self._num_bytes()
         try:
             if self._adapted is None:
-                self._adapted = PeftModel.from_pretrained(
-                    self._model, str(folder), adapter_name=id
-                )
+                self._adapted = PeftModel.from_pretrained(self._model, str(folder), adapter_name=id)
             else:
                 self._adapted.load_adapter(str(folder), adapter_name=id)
         except (OSError, ValueError, RuntimeError, KeyError) as error:
@@ -61,8 +58,12 @@ class LatentRows:
                 "the model that it was trained on"
             ) from error
         self._layers = [one for one in self._model.modules() if isinstance(one, LatentLayer)]
+        for layer in self._layers:
+            layer.set_adapter([])  # whose rows are whose is said before each forward
         self.look_at(())
-        return self._num_bytes() - before
+        edits = [layer.edit(id) for layer in self._layers if id in layer.latent_edit]
+        # A SAE that several share is counted for each: who stays longest keeps it.
+        return sum(one.nbytes for edit in edits for one in (*edit.parameters(), *edit.buffers()))
 
     def drop(self, id: str) -> None:
         """Take an expert's edits out of the model."""
@@ -73,14 +74,6 @@ class LatentRows:
         """Say whose each row of the next forward is."""
         for layer in self._layers:
             layer.rows = list(ids)
-
-    def _num_bytes(self) -> int:
-        tensors = {
-            id(tensor): tensor.nbytes
-            for layer in self._layers
-            for tensor in (*layer.parameters(), *layer.buffers())
-        }
-        return sum(tensors.values())
 
 
 class Residents:
@@ -122,6 +115,11 @@ class Residents:
                 resident = self._by_id.pop(id, None)
             if resident is None:
                 resident = self._load(id)
+                try:
+                    self._make_room(resident.num_bytes)
+                except (BusyError, RequestError):
+                    self._drop(resident)
+                    raise
             with self.lock:
                 resident.pins += 1
                 self._by_id[id] = resident
@@ -138,7 +136,7 @@ class Residents:
         card = self._registry.find(id).card
         require_servable(card)
         size = sum(file.bytes for name, file in card.files.items() if name.endswith("safetensors"))
-        self._make_room(size)
+        self._make_room(size)  # before anything is fetched
         with tempfile.TemporaryDirectory(prefix="sae-ray-") as scratch:
             folder = self._registry.fetch(id, Path(scratch))
             config = read_config(folder)
@@ -164,9 +162,12 @@ class Residents:
                     "raise adapter_memory_mb"
                 )
             while self.num_bytes + size > self.max_bytes:
-                gone = self._by_id.pop(idle.pop(0).id)
-                if gone.edits_latents:
-                    self.latents.drop(gone.id)
+                self._drop(self._by_id.pop(idle.pop(0).id))
+
+    def _drop(self, resident: Resident) -> None:
+        if resident.edits_latents:
+            with self.lock:
+                self.latents.drop(resident.id)
 
 
 def require_servable(card: ExpertCard) -> None:

@@ -89,7 +89,6 @@ class TextStream:
             self._decoded = whole if whole.startswith(self._decoded) else self._decoded
         return self._show(len(self._decoded))
 
-
     def _kept_back(self) -> int:
         """Return how many characters at the end may begin a stop string."""
         longest = max(map(len, self._stop), default=1) - 1

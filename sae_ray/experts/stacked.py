@@ -176,4 +176,3 @@ def read_config(folder: Path) -> PeftConfig:
             f"this expert's adapter_config.json is none of PEFT's ({type(error).__name__}): make "
             "the expert again"
         ) from error
-
