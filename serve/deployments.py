@@ -13,8 +13,8 @@ from ray.serve.handle import DeploymentHandle
 
 from sae_ray.chat import Message
 from sae_ray.errors import WorkError
-from sae_ray.experts.answers import Ask, Piece, Ticket
-from sae_ray.experts.engine import Engine, Limits
+from sae_ray.experts.answers import Ask, Limits, Piece, Ticket
+from sae_ray.experts.engine import Engine
 from sae_ray.lm import DTypeName
 from serve.gateway import Answer, Backends, Gateway, Question, Route
 from serve.keys import Keys

@@ -59,26 +59,48 @@ class Reason(Protocol):
     """A latent that speaks for a route."""
 
     @property
-    def latent(self) -> int: ...
+    def latent(self) -> int:
+        """Which."""
+        ...
+
     @property
-    def label(self) -> str: ...
+    def label(self) -> str:
+        """What it stands for."""
+        ...
+
     @property
-    def contribution(self) -> float: ...
+    def contribution(self) -> float:
+        """How much it says."""
+        ...
 
 
 class Route(Protocol):
     """What a router decides: experts with weights, none where the base is to answer."""
 
     @property
-    def expert_ids(self) -> tuple[str, ...]: ...
+    def expert_ids(self) -> tuple[str, ...]:
+        """Who is to answer."""
+        ...
+
     @property
-    def weights(self) -> tuple[float, ...]: ...
+    def weights(self) -> tuple[float, ...]:
+        """Of each of them."""
+        ...
+
     @property
-    def reasons(self) -> Sequence[Reason]: ...
+    def reasons(self) -> Sequence[Reason]:
+        """Why."""
+        ...
+
     @property
-    def scores(self) -> Mapping[str, float]: ...
+    def scores(self) -> Mapping[str, float]:
+        """Of every expert, by id."""
+        ...
+
     @property
-    def abstained(self) -> bool: ...
+    def abstained(self) -> bool:
+        """Whether nobody was sure enough."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)

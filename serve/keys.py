@@ -10,6 +10,8 @@ from pathlib import Path
 from sae_ray.errors import ConfigError
 
 _PREFIX = "sk-moie-"
+_HEX = set("0123456789abcdef")
+_MAKE = "make it with python -m serve.keys FILE NAME"
 
 
 class Keys:
@@ -30,16 +32,10 @@ class Keys:
         try:
             lines = Path(path).read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(
-                f"--keys {path} cannot be read ({error}): make it with python -m serve.keys FILE NAME"
-            ) from None
+            raise ConfigError(f"--keys {path} cannot be read ({error}): {_MAKE}") from None
         hashes = tuple(line.split()[0] for line in lines if line.strip())
-        if not hashes or any(
-            len(one) != 64 or set(one) - set("0123456789abcdef") for one in hashes
-        ):
-            raise ConfigError(
-                f"--keys {path} holds no hashes of keys, one a line: make it with python -m serve.keys FILE NAME"
-            )
+        if not hashes or any(len(one) != 64 or set(one) - _HEX for one in hashes):
+            raise ConfigError(f"--keys {path} holds no hashes of keys, one a line: {_MAKE}")
         return cls(hashes)
 
     @property

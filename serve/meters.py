@@ -3,12 +3,12 @@
 Each node of a Ray cluster exports the metrics of all replicas on it, so that a page of one replica
 never stands for all of them:
 
-    moie_routes_total{expert}         decisions of the router; `base` where it abstained or chose none
+    moie_routes_total{expert}         decisions of the router; `base` where it chose none
     moie_abstentions_total            of these, how often it abstained
     moie_tokens_total{kind}           prompt and answer
     moie_refusals_total{status}       errors told, by HTTP status
     moie_phase_s{phase}               seconds to a route, to the first token, to the whole answer
-    moie_engine{of}                   rows of the batch, requests waiting, experts and bytes in memory
+    moie_engine{of}                   rows, requests waiting, experts and bytes in memory
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from typing import Literal
 
 from ray.serve.metrics import Counter, Gauge, Histogram
 
-from sae_ray.experts.engine import Load
+from sae_ray.experts.answers import Load
 from serve.schemas import BASE
 
 Phase = Literal["route", "first_token", "answer"]

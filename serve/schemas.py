@@ -190,7 +190,7 @@ class CompletionRequest(_Common):
                 return text
         raise ApiError(
             400,
-            f"prompt: {len(self.prompt)} prompts were given; give one, and ask again for each other",
+            f"prompt: {len(self.prompt)} prompts were given; give one, and ask once for each",
             param="prompt",
         )
 

@@ -1,4 +1,4 @@
-"""Answers: what an engine is asked, and the pieces in which it answers."""
+"""Answers: what an engine is asked, how much at once, and the pieces in which it answers."""
 
 import dataclasses
 import threading
@@ -80,3 +80,29 @@ class Ticket:
     def cancelled(self) -> bool:
         """Say whether it was cancelled."""
         return self._cancelled.is_set()
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """How much an engine takes on at once."""
+
+    max_rows: int = 32
+    """Rows of the batch."""
+    max_waiting: int = 64
+    """Requests that may wait for a place in it."""
+    prefill_tokens: int = 2048
+    """Tokens of prompts, padding included, that are read between two steps of the others."""
+    adapter_memory_mb: float = 2048.0
+    """What all experts in memory may take."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Load:
+    """What an engine is busy with."""
+
+    rows: int
+    waiting: int
+    tokens: int
+    """Answered since it began."""
+    residents: int
+    adapter_bytes: int

@@ -25,7 +25,7 @@ from sae_ray.adapters.loading import load_causal
 from sae_ray.chat import ChatTokenizer, Conversation, Message, Tokens
 from sae_ray.curate.sources import EMBEDDED, fingerprint, locate_model
 from sae_ray.errors import BusyError, RequestError
-from sae_ray.experts.answers import Ask, Finish, Piece, Ticket, Token
+from sae_ray.experts.answers import Ask, Finish, Limits, Load, Piece, Ticket, Token
 from sae_ray.experts.registry import Expert, ExpertRegistry
 from sae_ray.experts.residents import NOBODY, Resident, Residents, require_servable
 from sae_ray.experts.row_cache import RowCache
@@ -34,32 +34,6 @@ from sae_ray.experts.stacked import StackedLora
 from sae_ray.lm import DTypeName
 
 logger = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True)
-class Limits:
-    """How much an engine takes on at once."""
-
-    max_rows: int = 32
-    """Rows of the batch."""
-    max_waiting: int = 64
-    """Requests that may wait for a place in it."""
-    prefill_tokens: int = 2048
-    """Tokens of prompts, padding included, that are read between two steps of the others."""
-    adapter_memory_mb: float = 2048.0
-    """What all experts in memory may take."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Load:
-    """What an engine is busy with."""
-
-    rows: int
-    waiting: int
-    tokens: int
-    """Answered since it began."""
-    residents: int
-    adapter_bytes: int
 
 
 @dataclasses.dataclass(eq=False)

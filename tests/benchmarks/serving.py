@@ -25,8 +25,8 @@ from peft import PeftModel
 
 from sae_ray.adapters.attach import AdapterSpec
 from sae_ray.curate.sources import EMBEDDED
-from sae_ray.experts.answers import Ask, Piece, Sampling
-from sae_ray.experts.engine import Engine, Limits
+from sae_ray.experts.answers import Ask, Limits, Piece, Sampling
+from sae_ray.experts.engine import Engine
 from sae_ray.experts.registry import ExpertRegistry
 
 sys.path.insert(0, str(Path(__file__).parents[2]))

@@ -7,8 +7,8 @@ import torch
 
 from sae_ray.adapters.attach import AdapterSpec
 from sae_ray.errors import BusyError, RequestError
-from sae_ray.experts.answers import Ask, Piece, Sampling, Ticket
-from sae_ray.experts.engine import Engine, Limits
+from sae_ray.experts.answers import Ask, Limits, Piece, Sampling, Ticket
+from sae_ray.experts.engine import Engine
 from sae_ray.experts.registry import ExpertRegistry
 from tests.made_experts import add_expert, alone
 
