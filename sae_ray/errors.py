@@ -9,7 +9,9 @@
       ├── WorkError        a worker failed at work that it names, or the cluster did
       ├── TrainingError    a training cannot go on: a loss is no number, or has blown up
       ├── RegistryError    an expert is not in the registry, not what it was, or not fit to use
-      └── EndpointError    a chat endpoint refuses, does not answer, or is none
+      ├── EndpointError    a chat endpoint refuses, does not answer, or is none
+      ├── RequestError     an engine is asked for what it cannot answer, whenever it is asked
+      └── BusyError        an engine has more to do than it takes on: ask again later
 
 What a user can cause is one of these. Each message has three parts: what was given, what is
 allowed, what to do. A broken invariant is an `assert` instead: that one is our mistake.
@@ -54,3 +56,18 @@ class RegistryError(SaeRayError):
 
 class EndpointError(SaeRayError):
     """A chat endpoint refuses, does not answer, or is none."""
+
+
+class RequestError(SaeRayError):
+    """An engine is asked for what it cannot answer, whenever it is asked."""
+
+    def __init__(self, message: str, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+        """The part of the request that is at fault."""
+        self.code = code
+        """A word by which programs know the fault: `context_length_exceeded`."""
+
+
+class BusyError(SaeRayError):
+    """An engine has more to do than it takes on: ask again later."""

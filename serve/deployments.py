@@ -1,0 +1,185 @@
+"""Deployments: engine, router and ingress as plain classes, which Ray Serve makes replicas of."""
+
+import asyncio
+import contextlib
+import queue
+import threading
+from collections.abc import AsyncGenerator
+from typing import Any
+
+from fastapi import FastAPI
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+
+from sae_ray.chat import Message
+from sae_ray.errors import WorkError
+from sae_ray.experts.answers import Ask, Limits, Piece, Ticket
+from sae_ray.experts.engine import Engine
+from sae_ray.lm import DTypeName
+from serve.gateway import Answer, Backends, Gateway, Question, Route
+from serve.keys import Keys
+from serve.meters import EngineMeters, Meters
+from serve.routes import HttpLimits, Ingress, create_app
+
+
+class EngineReplica:
+    """An engine with a thread that steps it, asked by coroutines."""
+
+    def __init__(
+        self,
+        lm: str | None,
+        registry: str | None,
+        limits: dict[str, float],
+        dtype: DTypeName,
+        device: str,
+        reload_s: float,
+    ) -> None:
+        self._engine = Engine(
+            lm,
+            registry,
+            limits=Limits(**limits),  # pyright: ignore[reportArgumentType]
+            dtype=dtype,
+            device=device,
+        )
+        self._reload_s = reload_s
+        self._meters = EngineMeters()
+        self._stop = threading.Event()
+        self._threads = [
+            threading.Thread(target=self._engine.run, args=(self._stop,), daemon=True),
+            threading.Thread(target=self._look_round, daemon=True),
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    async def experts(self) -> dict[str, str]:
+        """Return the ids of the experts that can be asked, by name."""
+        return {name: expert.id for name, expert in self._engine.experts.items()}
+
+    async def answer(self, question: Question) -> Answer:
+        """Return a whole answer."""
+        prompt_tokens, pieces = 0, list[Piece]()
+        async with contextlib.aclosing(self.stream(question)) as parts:
+            async for part in parts:
+                prompt_tokens = part.prompt_tokens
+                pieces += part.pieces
+        return Answer(prompt_tokens, pieces)
+
+    async def stream(self, question: Question) -> AsyncGenerator[Answer, None]:
+        """Return an answer in parts; it is cancelled where nobody takes them any more."""
+        loop, ready = asyncio.get_running_loop(), asyncio.Event()
+        pieces: queue.SimpleQueue[Piece] = queue.SimpleQueue()
+
+        def hand_over(piece: Piece) -> None:
+            pieces.put(piece)
+            loop.call_soon_threadsafe(ready.set)
+
+        # In a thread: it may have to fetch an expert first.
+        ticket = await asyncio.to_thread(self._submit, question, hand_over)
+        try:
+            finish = None
+            while finish is None:
+                await ready.wait()
+                ready.clear()
+                part = [pieces.get() for _ in range(pieces.qsize())]
+                if part:
+                    finish = part[-1].finish
+                    yield Answer(len(ticket.ask.ids), part)
+        finally:
+            ticket.cancel()
+
+    def _submit(self, question: Question, hand_over: Any) -> Ticket:
+        match question.prompt:
+            case str() as text:
+                ids = self._engine.prompt_text(text)
+            case [int(), *_] as given:
+                ids = self._engine.require_tokens(given)  # pyright: ignore[reportArgumentType]
+            case messages:
+                ids = self._engine.prompt(messages)  # pyright: ignore[reportArgumentType]
+        ask = Ask(ids, question.experts, question.weights, question.sampling)
+        return self._engine.submit(ask, hand_over)
+
+    def _look_round(self) -> None:
+        """Look into the registry now and then, and show what the engine is busy with."""
+        while not self._stop.wait(self._reload_s):
+            self._engine.refresh()
+            self._meters.show(self._engine.load)
+
+    def check_health(self) -> None:
+        """Let Serve replace a replica whose engine does not step any more."""
+        if not all(thread.is_alive() for thread in self._threads):
+            raise WorkError("the engine has stopped: see the replica's log; Serve starts another")
+
+    def close(self) -> None:
+        """Stop stepping; whoever waits is told so."""
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+
+
+class RouterReplica:
+    """A router, asked by coroutines."""
+
+    def __init__(self, path: str, lm: str | None, sae: str | None) -> None:
+        # The module is looked for when a router is asked for: an engine serves without one.
+        from sae_ray.experts.router import (  # noqa: PLC0415 # pyright: ignore
+            Router,
+        )
+
+        self._router = Router.load(path, lm, sae)
+
+    async def route(self, messages: list[Message], previous: str | None, top_k: int) -> Route:
+        """Decide who is to answer."""
+        return await asyncio.to_thread(self._router.route, messages, previous=previous, top_k=top_k)
+
+
+@serve.ingress()
+class IngressReplica:
+    """The HTTP API before the handles of engine and router."""
+
+    def __init__(
+        self,
+        engine: DeploymentHandle,
+        router: DeploymentHandle | None,
+        keys: str | None,
+        timeout_s: float,
+        http: dict[str, float],
+    ) -> None:
+        meters = Meters()
+        gateway = Gateway(backends_of(engine, router), meters, timeout_s=timeout_s)
+        limits = HttpLimits(**http)  # pyright: ignore[reportArgumentType]
+        self._ingress = Ingress(gateway, Keys.load(keys), limits, meters)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return create_app(self._ingress)
+
+
+def backends_of(engine: DeploymentHandle, router: DeploymentHandle | None) -> Backends:
+    """Reach engine and router through Serve's handles."""
+    streaming = engine.options(stream=True)
+
+    async def asked(handle: Any, *arguments: Any) -> Any:
+        response = handle.remote(*arguments)
+        try:
+            return await response
+        except asyncio.CancelledError:
+            response.cancel()
+            raise
+
+    async def streamed(question: Question) -> AsyncGenerator[Answer, None]:
+        response = streaming.stream.remote(question)
+        try:
+            async for part in response:
+                yield part
+        finally:
+            response.cancel()
+
+    async def routed(messages: list[Message], previous: str | None, top_k: int) -> Route:
+        assert router is not None
+        return await asked(router.route, messages, previous, top_k)
+
+    return Backends(
+        experts=lambda: asked(engine.experts),
+        answer=lambda question: asked(engine.answer, question),
+        stream=streamed,
+        route=None if router is None else routed,
+    )

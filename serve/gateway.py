@@ -1,0 +1,321 @@
+"""Gateway: from a request to who answers it, and from what can go wrong to what is told of it."""
+
+import asyncio
+import contextlib
+import dataclasses
+import logging
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from typing import Protocol, TypeVar
+from urllib.parse import quote
+
+from pydantic import JsonValue
+from ray.exceptions import RayActorError, RayTaskError
+from ray.serve.exceptions import BackPressureError, RayServeException
+
+from sae_ray.chat import Message
+from sae_ray.errors import BusyError, RequestError, SaeRayError
+from sae_ray.experts.answers import Piece, Sampling
+from serve.meters import Meters
+from serve.schemas import BASE, MIXTURE, ApiError, RouteOptions
+
+logger = logging.getLogger(__name__)
+
+LOST = (RayActorError, RayServeException)
+"""What is raised where a replica is gone, or not yet there."""
+_EXPERTS_FOR_S = 1.0
+_RETRY_AFTER_S = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """What an engine is asked: messages, plain text or tokens, and by whom to answer them."""
+
+    prompt: str | list[Message] | list[int]
+    experts: tuple[str, ...]
+    weights: tuple[float, ...]
+    sampling: Sampling
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """An answer, or part of it."""
+
+    prompt_tokens: int
+    pieces: list[Piece]
+
+    @property
+    def num_tokens(self) -> int:
+        """Return how many tokens it has."""
+        return sum(piece.num_tokens for piece in self.pieces)
+
+    @property
+    def text(self) -> str:
+        """Return what it says."""
+        return "".join(piece.text for piece in self.pieces)
+
+
+class Reason(Protocol):
+    """A latent that speaks for a route."""
+
+    @property
+    def latent(self) -> int:
+        """Which."""
+        ...
+
+    @property
+    def label(self) -> str:
+        """What it stands for."""
+        ...
+
+    @property
+    def contribution(self) -> float:
+        """How much it says."""
+        ...
+
+
+class Route(Protocol):
+    """What a router decides: experts with weights, none where the base is to answer."""
+
+    @property
+    def expert_ids(self) -> tuple[str, ...]:
+        """Who is to answer."""
+        ...
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """Of each of them."""
+        ...
+
+    @property
+    def reasons(self) -> Sequence[Reason]:
+        """Why."""
+        ...
+
+    @property
+    def scores(self) -> Mapping[str, float]:
+        """Of every expert, by id."""
+        ...
+
+    @property
+    def abstained(self) -> bool:
+        """Whether nobody was sure enough."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Backends:
+    """The engine and the router, in this process or as deployments."""
+
+    experts: Callable[[], Awaitable[dict[str, str]]]
+    """Ids of the experts that can be asked, by name."""
+    answer: Callable[[Question], Awaitable[Answer]]
+    stream: Callable[[Question], AsyncGenerator[Answer, None]]
+    """Part after part of it."""
+    route: Callable[[list[Message], str | None, int], Awaitable[Route]] | None
+    """None where there is no router: then nobody can ask the mixture."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Chosen:
+    """Who answers a request, and why."""
+
+    experts: tuple[str, ...] = ()
+    weights: tuple[float, ...] = ()
+    names: tuple[str, ...] = ()
+    route: Route | None = None
+    """Set where a router chose."""
+    known: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Names of all experts that can be asked, by id."""
+
+    @property
+    def header(self) -> str:
+        """Return who answers, for a header."""
+        return ",".join(quote(name) for name in self.names) or BASE
+
+    @property
+    def told(self) -> dict[str, JsonValue]:
+        """Return the decision for a response."""
+        experts: list[JsonValue] = [
+            {"id": id, "name": name, "weight": weight}
+            for id, name, weight in zip(self.experts, self.names, self.weights, strict=True)
+        ]
+        route = self.route
+        if route is None:
+            return {"experts": experts, "chosen_by": "client"}
+        return {
+            "experts": experts,
+            "chosen_by": "router",
+            "abstained": route.abstained,
+            "reasons": [
+                {"latent": r.latent, "label": r.label, "contribution": r.contribution}
+                for r in route.reasons
+            ],
+            "scores": {self.known.get(one, one): score for one, score in route.scores.items()},
+        }
+
+
+T = TypeVar("T")
+
+
+class Gateway:
+    """Chooses who answers, asks, asks once more where a replica was lost, and counts."""
+
+    def __init__(self, backends: Backends, meters: Meters, *, timeout_s: float) -> None:
+        self._backends = backends
+        self._meters = meters
+        self.timeout_s = timeout_s
+        self._known: tuple[float, dict[str, str]] = (float("-inf"), {})
+
+    async def experts(self) -> dict[str, str]:
+        """Return the ids of the experts that can be asked, by name."""
+        asked_at, known = self._known
+        if time.monotonic() - asked_at > _EXPERTS_FOR_S:
+            known = await self._patiently(self._backends.experts)
+            self._known = (time.monotonic(), known)
+        return known
+
+    async def models(self) -> list[str]:
+        """Return who can be asked by name, the mixture first."""
+        mixture = [] if self._backends.route is None else [MIXTURE]
+        return [*mixture, BASE, *sorted(await self.experts())]
+
+    async def choose(self, model: str, messages: list[Message], options: RouteOptions) -> Chosen:
+        """Find who is to answer.
+
+        Raises:
+            ApiError: 404 where there is no such model.
+        """
+        if model == BASE:
+            return Chosen()
+        experts = await self.experts()
+        if model == MIXTURE and self._backends.route is not None:
+            return await self.route(messages, options)
+        if model not in experts:
+            names = ", ".join(await self.models())
+            raise ApiError(
+                404,
+                f"there is no such model here: choose one of {names}",
+                param="model",
+                code="model_not_found",
+            )
+        return Chosen((experts[model],), (1.0,), (model,))
+
+    async def route(self, messages: list[Message], options: RouteOptions) -> Chosen:
+        """Let the router choose.
+
+        Raises:
+            ApiError: 404 where there is no router.
+        """
+        route = self._backends.route
+        if route is None:
+            raise ApiError(404, "there is no router here: name an expert, or base", param="model")
+        started = time.perf_counter()
+        made = await self._patiently(lambda: route(messages, options.previous, options.top_k))
+        self._meters.observe("route", time.perf_counter() - started)
+        names = {id: name for name, id in (await self.experts()).items()}
+        chosen = tuple(names.get(id, id) for id in made.expert_ids)
+        self._meters.count_route(chosen, abstained=made.abstained)
+        return Chosen(tuple(made.expert_ids), tuple(made.weights), chosen, made, names)
+
+    async def answer(self, question: Question) -> Answer:
+        """Return a whole answer.
+
+        Raises:
+            ApiError: there is none, and why.
+        """
+        started = time.perf_counter()
+        answer = await self._patiently(lambda: self._backends.answer(question))
+        _require_finished(answer.pieces)
+        self._meters.observe("answer", time.perf_counter() - started)
+        self._meters.count_tokens(answer.prompt_tokens, answer.num_tokens)
+        return answer
+
+    async def stream(self, question: Question) -> AsyncIterator[Answer]:
+        """Return an answer in parts, as it is made.
+
+        Raises:
+            ApiError: it cannot begin, or cannot go on.
+        """
+        started = time.perf_counter()
+        num_tokens = prompt_tokens = 0
+        async with contextlib.aclosing(self._parts(question)) as parts:
+            async for part in parts:
+                if not num_tokens:
+                    self._meters.observe("first_token", time.perf_counter() - started)
+                _require_finished(part.pieces)
+                prompt_tokens = part.prompt_tokens
+                num_tokens += part.num_tokens
+                yield part
+        self._meters.observe("answer", time.perf_counter() - started)
+        self._meters.count_tokens(prompt_tokens, num_tokens)
+
+    async def _parts(self, question: Question) -> AsyncGenerator[Answer, None]:
+        """Begin on another replica where the first is lost before it has said anything."""
+        clock = asyncio.get_running_loop().time
+        deadline = clock() + self.timeout_s
+        retries, begun = 1, False
+        while True:
+            try:
+                async with contextlib.aclosing(self._backends.stream(question)) as parts:
+                    while True:
+                        # No timeout lasts over a yield: who asks for more may be another task.
+                        async with asyncio.timeout_at(deadline):
+                            part = await anext(parts, None)
+                        if part is None:
+                            return
+                        begun = True
+                        yield part
+            except BackPressureError as error:
+                raise told(error, self.timeout_s) from error
+            except LOST as error:
+                if begun or not retries:
+                    raise told(error, self.timeout_s) from error
+                retries -= 1
+            except (TimeoutError, SaeRayError, RayTaskError) as error:
+                raise told(error, self.timeout_s) from error
+
+    async def _patiently(self, ask: Callable[[], Awaitable[T]]) -> T:
+        """Ask, within the time there is, and once more where a replica was lost."""
+        try:
+            async with asyncio.timeout(self.timeout_s):
+                try:
+                    return await ask()
+                except BackPressureError:
+                    raise
+                except LOST:
+                    return await ask()
+        except (TimeoutError, SaeRayError, RayTaskError, *LOST) as error:
+            raise told(error, self.timeout_s) from error
+
+
+def told(error: BaseException, timeout_s: float) -> ApiError:
+    """Return what is told of an error: nothing that is the server's own business."""
+    if isinstance(error, RayTaskError) and isinstance(error.cause, BaseException):
+        error = error.cause
+    if isinstance(error, RequestError):
+        return ApiError(400, str(error), param=error.param, code=error.code)
+    if isinstance(error, BusyError | BackPressureError):
+        message = str(error) if isinstance(error, BusyError) else "too many requests are waiting"
+        return ApiError(
+            429, f"{message.split(':')[0]}: ask again in a moment", retry_after_s=_RETRY_AFTER_S
+        )
+    if isinstance(error, TimeoutError):
+        return ApiError(504, f"no answer within {timeout_s:g} s: ask for fewer tokens")
+    logger.error("a request failed: %s", error)
+    if isinstance(error, SaeRayError):
+        return ApiError(
+            503, "this expert cannot be loaded now: ask another model", retry_after_s=30
+        )
+    return _lost()
+
+
+def _lost() -> ApiError:
+    return ApiError(
+        503, "the replica that answered is gone: ask again", retry_after_s=_RETRY_AFTER_S
+    )
+
+
+def _require_finished(pieces: Sequence[Piece]) -> None:
+    if pieces[-1].finish == "cancelled":
+        raise _lost()

@@ -1,0 +1,338 @@
+"""Routes: OpenAI's HTTP API over a gateway, errors as OpenAI tells them, and the page."""
+
+import asyncio
+import contextlib
+import dataclasses
+import json
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from pydantic import JsonValue
+from starlette.exceptions import HTTPException
+
+from sae_ray.chat import Message
+from sae_ray.experts.answers import Piece
+from serve.gateway import Answer, Chosen, Gateway, Question
+from serve.keys import Keys
+from serve.meters import Meters
+from serve.schemas import ApiError, BodyT, ChatRequest, CompletionRequest, RouteRequest, read_body
+
+UI = Path(__file__).parent / "ui"
+_PAGE = {
+    "/": ("index.html", "text/html"),
+    "/ui/page.js": ("page.js", "text/javascript"),
+    "/ui/page.css": ("page.css", "text/css"),
+}
+_PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
+    "connect-src 'self'; img-src 'self'; base-uri 'none'; form-action 'none'; "
+    "frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",
+}
+ROUTE_HEADER = "X-Moie-Route"
+
+
+@dataclasses.dataclass(frozen=True)
+class HttpLimits:
+    """What a request may take."""
+
+    max_body_bytes: int = 1 << 20
+    max_ongoing: int = 128
+    """Requests in progress; those beyond are refused at once."""
+    body_timeout_s: float = 20.0
+    """Until all of a request has come."""
+
+
+class Ingress:
+    """What stands between HTTP and the gateway: keys, limits and the two forms of an answer."""
+
+    def __init__(self, gateway: Gateway, keys: Keys, limits: HttpLimits, meters: Meters) -> None:
+        self.gateway = gateway
+        self.meters = meters
+        self._keys = keys
+        self._limits = limits
+        self._ongoing = 0
+
+    def require_key(self, request: Request) -> None:
+        """Refuse who has no key."""
+        if not self._keys.admits(request.headers.get("authorization")):
+            raise ApiError(
+                401,
+                "no key that is known here was given: send one as 'Authorization: Bearer KEY'",
+                code="invalid_api_key",
+            )
+
+    async def read(self, request: Request, model: type[BodyT]) -> BodyT:
+        """Read a request's body, no larger and no slower than allowed."""
+        self.require_key(request)
+        most = self._limits.max_body_bytes
+        too_large = ApiError(413, f"the body is larger than {most:,} bytes: send less")
+        declared = request.headers.get("content-length", "")
+        if declared.isdecimal() and int(declared) > most:
+            raise too_large
+        body = bytearray()
+        try:
+            async with asyncio.timeout(self._limits.body_timeout_s):
+                async for chunk in request.stream():
+                    body += chunk
+                    if len(body) > most:
+                        raise too_large
+        except TimeoutError:
+            raise ApiError(408, "the body did not come in time: send it again") from None
+        return read_body(model, bytes(body))
+
+    @contextlib.contextmanager
+    def place(self) -> Any:
+        """Hold a place among the requests in progress."""
+        if self._ongoing >= self._limits.max_ongoing:
+            raise ApiError(
+                429, "too many requests are in progress: ask again in a moment", retry_after_s=1
+            )
+        self._ongoing += 1
+        try:
+            yield
+        finally:
+            self._ongoing -= 1
+
+    async def respond(
+        self, question: Question, chosen: Chosen, form: "Form", asked: Any
+    ) -> Response:
+        """Answer at once or in a stream; what goes wrong before its first byte is an error."""
+        headers = {ROUTE_HEADER: chosen.header}
+        if not asked.stream:
+            with self.place():
+                answer = await self.gateway.answer(question)
+            return JSONResponse(form.whole(answer), headers=headers)
+        held = contextlib.ExitStack()
+        held.enter_context(self.place())
+        parts = self.gateway.stream(question)
+        try:
+            first = await anext(parts)
+        except BaseException:
+            held.close()
+            raise
+        with_usage = asked.stream_options is not None and asked.stream_options.include_usage
+        events = self._events(held, form, first, parts, with_usage=with_usage)
+        return StreamingResponse(events, media_type="text/event-stream", headers=headers)
+
+    async def _events(
+        self,
+        held: contextlib.ExitStack,
+        form: "Form",
+        first: Answer,
+        parts: AsyncIterator[Answer],
+        *,
+        with_usage: bool,
+    ) -> AsyncIterator[str]:
+        """Write server-sent events; a stream that breaks ends with an error event."""
+        with held:
+            num_tokens = first.num_tokens
+            try:
+                yield _event(form.chunk(first.pieces, opening=True))
+                async for part in parts:
+                    num_tokens += part.num_tokens
+                    yield _event(form.chunk(part.pieces))
+                if with_usage:
+                    yield _event(form.usage_chunk(first.prompt_tokens, num_tokens))
+                yield "data: [DONE]\n\n"
+            except ApiError as error:
+                self.meters.count_refusal(error.status)
+                yield _event(error.body)
+            finally:
+                await parts.aclose()  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _event(body: dict[str, JsonValue]) -> str:
+    return f"data: {json.dumps(body, ensure_ascii=False)}\n\n"
+
+
+class Form:
+    """How an answer is laid out: as a chat's or as a completion's."""
+
+    def __init__(self, model: str, chosen: Chosen, *, chat: bool) -> None:
+        self.chat = chat
+        self.chosen = chosen
+        self._head: dict[str, JsonValue] = {
+            "id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}",
+            "created": int(time.time()),
+            "model": model,
+        }
+
+    def whole(self, answer: Answer) -> dict[str, JsonValue]:
+        """Lay out a whole answer."""
+        choice = self._choice(answer.pieces)
+        if self.chat:
+            choice["message"] = {"role": "assistant", "content": answer.text, "refusal": None}
+        else:
+            choice["text"] = answer.text
+        return {
+            **self._head,
+            "object": "chat.completion" if self.chat else "text_completion",
+            "choices": [choice],
+            "usage": _usage(answer.prompt_tokens, answer.num_tokens),
+            "route": self.chosen.told,
+        }
+
+    def chunk(self, pieces: Sequence[Piece], *, opening: bool = False) -> dict[str, JsonValue]:
+        """Lay out part of an answer; the first one says who answers."""
+        choice = self._choice(pieces)
+        text = "".join(piece.text for piece in pieces)
+        if self.chat:
+            choice["delta"] = (
+                {"role": "assistant", "content": text} if opening else {"content": text}
+            )
+        else:
+            choice["text"] = text
+        told = {"route": self.chosen.told} if opening else {}
+        return {**self._head, "object": self._chunk_kind, "choices": [choice], **told}
+
+    def usage_chunk(self, prompt: int, answer: int) -> dict[str, JsonValue]:
+        """Lay out what a stream took."""
+        usage = _usage(prompt, answer)
+        return {**self._head, "object": self._chunk_kind, "choices": [], "usage": usage}
+
+    @property
+    def _chunk_kind(self) -> str:
+        return "chat.completion.chunk" if self.chat else "text_completion"
+
+    def _choice(self, pieces: Sequence[Piece]) -> dict[str, Any]:
+        tokens = [token for piece in pieces for token in piece.tokens]
+        logprobs: JsonValue = None
+        if tokens and self.chat:
+            logprobs = {
+                "content": [
+                    {
+                        **_token(token.text, token.logprob),
+                        "top_logprobs": [_token(text, value) for text, value in token.top],
+                    }
+                    for token in tokens
+                ],
+                "refusal": None,
+            }
+        elif tokens:
+            logprobs = {
+                "tokens": [token.text for token in tokens],
+                "token_logprobs": [token.logprob for token in tokens],
+                "top_logprobs": [dict(token.top) for token in tokens],
+                "text_offset": [],
+            }
+        return {"index": 0, "finish_reason": pieces[-1].finish, "logprobs": logprobs}
+
+
+def _token(text: str, logprob: float) -> dict[str, JsonValue]:
+    return {"token": text, "logprob": logprob, "bytes": list(text.encode("utf-8", "replace"))}
+
+
+def _usage(prompt: int, answer: int) -> dict[str, JsonValue]:
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": answer,
+        "total_tokens": prompt + answer,
+    }
+
+
+def create_app(ingress: Ingress) -> FastAPI:
+    """Lay out the HTTP API."""
+    app = FastAPI(title="sae-ray", docs_url=None, redoc_url=None)
+    gateway = ingress.gateway
+
+    @app.post("/v1/chat/completions", openapi_extra=_body(ChatRequest))
+    async def chat(request: Request) -> Response:
+        asked = await ingress.read(request, ChatRequest)
+        sampling = asked.sampling
+        chosen = await gateway.choose(asked.model, asked.plain, asked.moie)
+        question = Question(asked.plain, chosen.experts, chosen.weights, sampling)
+        return await ingress.respond(question, chosen, Form(asked.model, chosen, chat=True), asked)
+
+    @app.post("/v1/completions", openapi_extra=_body(CompletionRequest))
+    async def complete(request: Request) -> Response:
+        asked = await ingress.read(request, CompletionRequest)
+        sampling, prompt = asked.sampling, asked.one_prompt
+        text = prompt if isinstance(prompt, str) else ""
+        messages: list[Message] = [{"role": "user", "content": text}]
+        chosen = await gateway.choose(asked.model, messages, asked.moie)
+        question = Question(prompt, chosen.experts, chosen.weights, sampling)
+        return await ingress.respond(question, chosen, Form(asked.model, chosen, chat=False), asked)
+
+    @app.post("/v1/route", openapi_extra=_body(RouteRequest))
+    async def route(request: Request) -> Response:
+        asked = await ingress.read(request, RouteRequest)
+        with ingress.place():
+            chosen = await gateway.route(asked.plain, asked.moie)
+        return JSONResponse(
+            {"object": "route", **chosen.told}, headers={ROUTE_HEADER: chosen.header}
+        )
+
+    @app.get("/v1/models")
+    async def models(request: Request) -> Response:
+        ingress.require_key(request)
+        data = [_model(name) for name in await gateway.models()]
+        return JSONResponse({"object": "list", "data": data})
+
+    @app.get("/v1/models/{name}")
+    async def model(request: Request, name: str) -> Response:
+        ingress.require_key(request)
+        if name not in await gateway.models():
+            raise ApiError(
+                404, "there is no such model here", param="model", code="model_not_found"
+            )
+        return JSONResponse(_model(name))
+
+    @app.get("/healthz")
+    async def healthz() -> Response:
+        return JSONResponse({"status": "ok"})
+
+    @app.get("/readyz")
+    async def readyz() -> Response:
+        await gateway.experts()
+        return JSONResponse({"status": "ready"})
+
+    for path, (name, kind) in _PAGE.items():
+        app.add_api_route(path, _file(UI / name, kind), include_in_schema=False)
+    _tell_errors(app, ingress.meters)
+    return app
+
+
+def _model(name: str) -> dict[str, JsonValue]:
+    return {"id": name, "object": "model", "created": 0, "owned_by": "sae-ray"}
+
+
+def _file(path: Path, kind: str) -> Callable[[], Response]:
+    def serve_file() -> Response:
+        return FileResponse(path, media_type=kind, headers=_PAGE_HEADERS)
+
+    return serve_file
+
+
+def _body(model: type[BodyT]) -> dict[str, Any]:
+    schema = model.model_json_schema()
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+def _tell_errors(app: FastAPI, meters: Meters) -> None:
+    """Let every error be told as OpenAI tells it."""
+
+    async def tell(_request: Request, error: Exception) -> Response:
+        assert isinstance(error, ApiError)
+        meters.count_refusal(error.status)
+        return JSONResponse(error.body, error.status, headers=error.headers)
+
+    async def tell_http(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        said = {404: "there is nothing at this address", 405: "this address takes another method"}
+        message = said.get(error.status_code, "this is no request that can be read")
+        return await tell(request, ApiError(error.status_code, message))
+
+    async def tell_mistake(request: Request, _error: Exception) -> Response:
+        return await tell(request, ApiError(500, "this is the server's mistake, and was logged"))
+
+    app.add_exception_handler(ApiError, tell)
+    app.add_exception_handler(HTTPException, tell_http)
+    app.add_exception_handler(Exception, tell_mistake)

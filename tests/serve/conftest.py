@@ -1,0 +1,112 @@
+"""What the tests of the service share: an engine with two experts, reached in this process."""
+
+import asyncio
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import pytest
+from starlette.testclient import TestClient
+
+from sae_ray.adapters.attach import AdapterSpec
+from sae_ray.experts.registry import ExpertRegistry
+from serve.deployments import EngineReplica
+from serve.gateway import Backends, Gateway
+from serve.keys import Keys
+from serve.meters import Meters
+from serve.routes import HttpLimits, Ingress, create_app
+from tests.made_experts import add_expert
+
+
+@dataclasses.dataclass(frozen=True)
+class KeywordReason:
+    latent: int
+    label: str
+    contribution: float
+
+
+@dataclasses.dataclass(frozen=True)
+class KeywordRoute:
+    expert_ids: tuple[str, ...]
+    weights: tuple[float, ...]
+    reasons: tuple[KeywordReason, ...]
+    scores: Mapping[str, float]
+    abstained: bool
+
+
+class KeywordRouter:
+    """Routes by a word of the last message: what a router looks like from outside."""
+
+    def __init__(self, ids: Mapping[str, str]) -> None:
+        self.ids = ids
+
+    async def route(
+        self, messages: Sequence[Mapping[str, str]], previous: str | None, top_k: int
+    ) -> KeywordRoute:
+        await asyncio.sleep(0)
+        said = messages[-1]["content"]
+        found = [id for name, id in self.ids.items() if name in said]
+        if not found and previous in self.ids.values():
+            found = [previous]
+        found = found[:top_k]
+        return KeywordRoute(
+            expert_ids=tuple(found),
+            weights=tuple(1 / len(found) for _ in found),
+            reasons=(KeywordReason(7, "says the word", 0.5),) if found else (),
+            scores={id: float(id in found) for id in self.ids.values()},
+            abstained=not found,
+        )
+
+
+@dataclasses.dataclass
+class Service:
+    """The service in this process."""
+
+    replica: EngineReplica
+    client: TestClient
+    ids: dict[str, str]
+
+
+@pytest.fixture(scope="session")
+def served_registry(
+    tmp_path_factory: pytest.TempPathFactory, tiny_lm_of: Callable[[str], Path]
+) -> str:
+    """A registry of two experts on the tiny Llama."""
+    registry = ExpertRegistry(str(tmp_path_factory.mktemp("served") / "registry"))
+    for seed, name in enumerate(("sums", "rivers")):
+        spec = AdapterSpec(kind="lora", r=2)
+        add_expert(registry, name, spec, lm=str(tiny_lm_of("llama")), seed=seed)
+    return registry.path
+
+
+def client_of(
+    replica: EngineReplica,
+    *,
+    router: KeywordRouter | None,
+    keys: Keys | None = None,
+    limits: HttpLimits | None = None,
+    timeout_s: float = 30,
+) -> TestClient:
+    """Return a client of the HTTP API over an engine in this process."""
+    meters = Meters()
+    backends = Backends(
+        experts=replica.experts,
+        answer=replica.answer,
+        stream=replica.stream,
+        route=router and router.route,
+    )
+    gateway = Gateway(backends, meters, timeout_s=timeout_s)
+    ingress = Ingress(gateway, keys or Keys(None), limits or HttpLimits(), meters)
+    return TestClient(create_app(ingress), raise_server_exceptions=False)
+
+
+@pytest.fixture(scope="session")
+def service(served_registry: str, tiny_lm_of: Callable[[str], Path]) -> Iterator[Service]:
+    """An engine of four rows, a router by keywords, and a client."""
+    limits = {"max_rows": 4, "max_waiting": 4, "prefill_tokens": 512, "adapter_memory_mb": 10.0}
+    lm = str(tiny_lm_of("llama"))
+    replica = EngineReplica(lm, served_registry, limits, "float32", "cpu", 0.2)
+    ids = asyncio.run(replica.experts())
+    with client_of(replica, router=KeywordRouter(ids)) as client:
+        yield Service(replica, client, ids)
+    replica.close()
