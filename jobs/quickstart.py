@@ -1,9 +1,8 @@
 #!/usr/bin/env python
-"""The whole service on one laptop: from a sentence to a selection, its page, and an expert."""
+"""The whole service on one laptop: a sentence, its selection, an expert, a mixture that answers."""
 
 import sys
 from pathlib import Path
-from typing import cast
 
 from pydantic import Field
 from rich.console import Console
@@ -20,14 +19,14 @@ from sae_ray.distributed.progress import follow, watch
 from sae_ray.evaluate.exam import examine, tabulate
 from sae_ray.experts.registry import ExpertRegistry
 from sae_ray.experts.tables import told
+from sae_ray.explain.asking import SECOND, try_out
 from sae_ray.explain.curation import Curator
 
 
 class Config(IndexSettings):
-    """The whole service on one laptop: from a sentence to a selection, its page, and an expert.
+    """The whole service on one laptop: a sentence, its selection, an expert, and a mixture.
 
     python jobs/quickstart.py
-    python jobs/quickstart.py --task "Say which cooking step comes next in a recipe" --name cooking
     python jobs/quickstart.py --task "..." --pool chats.jsonl --lm ./model --sae ./sae --name mine
     Everything lands under out/NAME; a second task over the embedded pool reuses its index.
     """
@@ -41,40 +40,40 @@ class Config(IndexSettings):
 
 
 def main(config: Config) -> None:
-    """Read the pool, curate for one sentence, and show the first rows."""
+    """Go the whole way; with the embedded default, to a mixture that answers."""
     folder = Path(require_absolute_inside_ray_job("out")) / config.name
     own = config.pool is not None or config.lm is not None
-    index = str(folder / "index" if own else folder.parent / "embedded-index")
+    registry = ExpertRegistry(f"{folder}/registry")
 
-    print("1. read the pool once through a model and its SAE")
-    watch(ensure_index(config, index))
+    def curate(name: str, task: str) -> str:
+        request = Request(task=task, budget_examples=config.budget_examples)
+        Curator(index).curate(request, f"{folder}/{name}")
+        print(*preview(f"{folder}/{name}", 3), sep="\n")
+        return f"{folder}/{name}"
 
-    print(f"2. curate for: {config.task}")
-    selection = str(folder / "selection")
-    request = Request(task=config.task, budget_examples=config.budget_examples)
-    manifest = Curator(FeatureIndex(index, config.lm, config.sae)).curate(request, selection)
-    for warning in manifest.warnings:
-        print(f"   {warning}")
-
-    print("3. the first rows, and why")
-    print("\n".join(preview(selection, 3)))
-
-    print("4. train an expert on them, and one on as many random rows")
-    random, num_rows = str(folder / "random.jsonl"), cast("int", manifest.extra["num_rows"])
-    write_random(FeatureIndex(index, config.lm, config.sae), num_rows, random)
-    for name, data in (("expert", selection), ("random", random)):
+    def train(name: str, data: str, task: str) -> ExpertMaker:
         few = {"num_epochs": 5, "micro_rows": 16, "general_rows": 16, "num_workers": 0}
         settings = FinetuneSettings(lm=config.lm, data=data, **few)
-        maker = ExpertMaker(settings, str(folder / name), name=name, description=config.task)
+        maker = ExpertMaker(settings, f"{folder}/{name}", name=name, description=task)
         follow(maker.make())
-        expert = maker.register(ExpertRegistry(str(folder / "registry")))
-        print(f"   {name}: {expert.status}, {told(expert.card.measures[0])}")
+        print(f"   {name}: {told(maker.card.measures[0])}")
+        return maker
+
+    print("1. read the pool once through a model and its SAE")
+    watch(ensure_index(config, place := str((folder if own else folder.parent) / ".index")))
+    index = FeatureIndex(place, config.lm, config.sae)
+    print(f"2. curate for: {config.task}; the first rows, and why")
+    selection = curate("selection", config.task)
+    print("3. train an expert on them, and one on as many random rows")
+    train("expert", selection, config.task).register(registry)
+    train("random", write_random(index, selection, f"{folder}/random.jsonl"), "random rows")
     if not own:
-        Console().print(
-            tabulate(examine({n: folder / n / "adapter" for n in ("expert", "random")}))
-        )
-    print(f"\nOpen {selection}/report.html; tick rows there and run what it composes.")
-    print(f"What the expert learnt: {folder}/expert/report.html")
+        adapters = {name: folder / name / "adapter" for name in ("expert", "random")}
+        Console().print(tabulate(examine(adapters)))
+        print(f"4. a second expert, for: {SECOND}; and both behind one address")
+        train("second", curate("second-selection", SECOND), SECOND).register(registry)
+        print(*try_out(registry, f"{folder}/router"), sep="\n")
+    print(f"\nNow open {selection}/report.html and {folder}/expert/report.html")
 
 
 if __name__ == "__main__":

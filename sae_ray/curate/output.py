@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sae_ray.artifacts import FileRecord, locate, read_file, write_atomically
+from sae_ray.artifacts import FileRecord, locate, open_artifact, read_file, write_atomically
 from sae_ray.chat import Conversation
 from sae_ray.curate.index import FeatureIndex
 from sae_ray.curate.scorer import Trace
@@ -126,20 +126,30 @@ def write_selection(path: str, rows: Sequence[SelectedRow]) -> FileRecord:
     return write_atomically(f"{path}/selection.parquet", sink.getvalue().to_pybytes())
 
 
-def write_random(index: FeatureIndex, num_rows: int, path: str, seed: int = 0) -> FileRecord:
-    """Write as many random rows of the pool: what a selection of that size must beat."""
-    num_rows = min(num_rows, index.num_rows)
+def write_random(index: FeatureIndex, selection: str, path: str, seed: int = 0) -> str:
+    """Write as many random rows of the pool as a selection has, which it must beat; return where.
+
+    Args:
+        index: of the pool.
+        selection: folder of the selection.
+        path: of the JSONL file.
+        seed: of the draw.
+    """
+    fs, root = locate(selection)
+    with fs.open(f"{root}/selection.parquet", "rb") as file:
+        num_rows = pq.read_metadata(file).num_rows
     drawn = np.random.default_rng(seed).choice(index.num_rows, num_rows, replace=False)
     rows = [dataclasses.asdict(one) for one in index.conversations(np.sort(drawn))]
-    return write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+    return path
 
 
 def preview(path: str, num_rows: int) -> list[str]:
-    """Describe the first rows of a written selection, each in two lines."""
+    """Return the warnings of a written selection, and its first rows in two lines each."""
     fs, root = locate(path)
     with fs.open(f"{root}/selection.parquet", "rb") as file:
         rows = pq.read_table(file).slice(0, num_rows).to_pylist()
-    lines = []
+    lines = [f"   {one}" for one in open_artifact(path, "selection").warnings]
     for row in rows:
         said = " ".join(row["messages"][0]["content"].split())
         reasons = [

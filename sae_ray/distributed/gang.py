@@ -23,6 +23,7 @@ import ray.train.torch
 import torch
 import torch.distributed
 from fsspec.implementations.local import LocalFileSystem
+from joblib import cpu_count
 from pyarrow.fs import FSSpecHandler, PyFileSystem
 from ray.exceptions import RayError
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
@@ -214,7 +215,10 @@ def _trainer(work: Callable[[dict[str, Any]], Any], config: dict, gang: Gang) ->
 
 def _worker_env(workers: Workers) -> dict[str, str]:
     """Return what must be set before a worker imports torch or DeepSpeed."""
-    here = {"OMP_NUM_THREADS": str(workers.num_cpus), "TOKENIZERS_PARALLELISM": "false"}
+    alone = not workers.num_gpus and len(ray.nodes()) == 1
+    # Fewer workers than this machine has cores share out all of them.
+    threads = max(workers.num_cpus, cpu_count() // workers.count if alone else 0)
+    here = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
     # DeepSpeed looks for a GPU's toolkit unless it is told that there is none.
     return WORKER_ENV | here | ({} if workers.num_gpus else {"DS_ACCELERATOR": "cpu"})
 

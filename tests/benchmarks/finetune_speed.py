@@ -2,8 +2,8 @@
 
     python tests/benchmarks/finetune_speed.py --lm LM --pool POOL --sae SAE --out speed.json
 
-Two processes, warm and asked in turn, train the same LoRA on the same rows in the same order, one
-thread each: a script as TRL's and PEFT's documentation has it, and our trainer as a job runs it,
+Two processes, warm and asked in turn, train the same LoRA on the same rows in the same order, each
+with all cores: a script as TRL's and PEFT's documentation has it, and our trainer as a job runs it,
 with one worker. Steps are timed from the fifth to the last. Then one step of every latent adapter
 is timed against the same frozen model with one trainable vector in the same place.
 """
@@ -49,7 +49,6 @@ def prepare_plain(settings: dict) -> Callable[[dict], dict]:
     )
     from trl import SFTConfig, SFTTrainer  # noqa: PLC0415  # pyright: ignore
 
-    torch.set_num_threads(1)
     table = pq.read_table(settings["sample"])
     order = np.random.default_rng((0, 0)).permutation(table.num_rows)
     rows = table.take(order).to_pylist()  # as `in_order` has them: the same rows in every step

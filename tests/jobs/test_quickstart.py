@@ -1,27 +1,34 @@
-import os
 from pathlib import Path
 
+import psutil
 import pytest
 
 from jobs import quickstart
 from sae_ray.config import run_job
+from sae_ray.explain.asking import QUESTIONS
 
 
+@pytest.mark.ray
 @pytest.mark.slow
-def test_the_embedded_default_goes_from_a_sentence_to_a_page(
+@pytest.mark.timeout(600)
+def test_the_embedded_default_goes_from_a_sentence_to_a_mixture_that_answers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    line = ["--num_workers=0", "--budget_examples=20"]
+    line = ["--num_workers=0", "--budget_examples=60"]
     assert run_job(quickstart.main, quickstart.Config, line) == 0
     shown = capsys.readouterr().out
-    assert shown.count("because: ") == 3
+    assert shown.count("because: ") == 3 + 3 + len(QUESTIONS)
     assert Path("out/quickstart/selection/report.html").stat().st_size > 20_000
-    # A second task reads the same index, and costs no pass over the pool.
-    before = os.stat("out/embedded-index/manifest.json").st_mtime_ns
-    line += ["--task=Say which day it will be", "--name=days"]
-    assert run_job(quickstart.main, quickstart.Config, line) == 0
-    assert os.stat("out/embedded-index/manifest.json").st_mtime_ns == before
+    asked = shown.partition("both behind one address")[2]
+    routes = [asked.partition(one)[2].split()[0] for one in QUESTIONS]
+    assert routes[:2] == ["expert:", "second:"], asked
+    assert not processes_of("serve.running"), "the service was left running"
+
+
+def processes_of(words: str) -> list[psutil.Process]:
+    running = psutil.process_iter(["cmdline"])
+    return [one for one in running if words in " ".join(one.info["cmdline"] or ())]
 
 
 def test_a_name_that_is_no_folder_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
