@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Serve a base and its experts as one model, spoken to as OpenAI's API, with a page to try it."""
 
-import subprocess
+import os
 import sys
 from pathlib import Path
 
@@ -23,17 +23,13 @@ class Config(ServeSettings):
     """
 
 
-def main(config: Config) -> int:
-    """Run the service in a process of its own, which sees the folder `serve` and not this file."""
+def main(config: Config) -> None:
+    """Become the service, for which `serve` is the folder and not this file."""
     given = config.model_dump(mode="json", exclude_unset=True)
     flags = [f"--{name}={value}" for name, value in given.items()]
-    command = [sys.executable, "-m", "serve.running", *flags]
-    with subprocess.Popen(command, cwd=ROOT) as service:
-        while True:
-            try:
-                return service.wait()
-            except KeyboardInterrupt:
-                continue  # the service has been told as well, and ends in its own time
+    elsewhere = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = f"{ROOT}{os.pathsep}{elsewhere}" if elsewhere else str(ROOT)
+    os.execv(sys.executable, [sys.executable, "-m", "serve.running", *flags])
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError, RayServeException
 
 from sae_ray.chat import Message
-from sae_ray.errors import BusyError, RequestError, SaeRayError
+from sae_ray.errors import BusyError, ConfigError, RequestError, SaeRayError
 from sae_ray.experts.answers import Piece, Sampling
 from serve.meters import Meters
 from serve.schemas import BASE, MIXTURE, ApiError, RouteOptions
@@ -295,6 +295,8 @@ def told(error: BaseException, timeout_s: float) -> ApiError:
         error = error.cause
     if isinstance(error, RequestError):
         return ApiError(400, str(error), param=error.param, code=error.code)
+    if isinstance(error, ConfigError):  # of a router that knows fewer experts than asked for
+        return ApiError(400, str(error), param="moie.top_k")
     if isinstance(error, BusyError | BackPressureError):
         message = str(error) if isinstance(error, BusyError) else "too many requests are waiting"
         return ApiError(

@@ -3,6 +3,7 @@
 import contextlib
 import ipaddress
 import logging
+import os
 import signal
 import sys
 import threading
@@ -34,10 +35,17 @@ def running(settings: ServeSettings) -> Iterator[str]:
         options = HTTPOptions(host=settings.host, port=settings.port, request_timeout_s=until_s)
         serve.start(http_options=options)
         try:
-            serve.run(build(settings), name=NAME)
+            serve.run(build(_absolute(settings)), name=NAME)
             yield f"http://{settings.host}:{settings.port}"
         finally:
             serve.shutdown()
+
+
+def _absolute(settings: ServeSettings) -> ServeSettings:
+    """Return settings whose local paths hold in every replica's working directory."""
+    paths = settings.model_dump(include={"lm", "registry", "router", "sae", "keys"})
+    local = {name: path for name, path in paths.items() if path and os.path.exists(path)}
+    return settings.model_copy(update={n: os.path.abspath(path) for n, path in local.items()})
 
 
 def require_keys_beyond_loopback(host: str, keys: str | None) -> None:

@@ -1,12 +1,10 @@
-"""One batch over many experts: how fast, how large, and how much it costs to reach it over HTTP.
+"""One batch over many experts: how fast it is, beside other ways to answer, and how large.
 
     python tests/benchmarks/serving.py --out serving.json
-    python tests/benchmarks/serving.py --out serving.json --http --load_s 60
 
 Experts are LoRA of rank 8 with random weights; prompts are of one length and answers never end
 early, so that every arm makes the same number of tokens. Arms take turns, and each is given as the
-median of its turns. With --http, a Serve is started, asked by another process at a fixed rate
-(open loop: whether or not answers come), first below its capacity and then at three times of it.
+median of its turns.
 """
 
 import argparse
@@ -44,9 +42,6 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--answer_tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--http", action="store_true", help="also over HTTP and Serve")
-    parser.add_argument("--load_s", type=float, default=20, help="of each load, with --http")
-    parser.add_argument("--client", help="for the process that asks")
     return parser.parse_args()
 
 

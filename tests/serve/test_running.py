@@ -1,4 +1,3 @@
-import contextlib
 import signal
 import socket
 import subprocess
@@ -58,9 +57,7 @@ def served(
         yield f"http://127.0.0.1:{port}/v1", key, registry.path
     finally:
         service.send_signal(signal.SIGINT)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            service.wait(60)
-        service.kill()
+        assert service.wait(120) == 0
     text = (folder / "log").read_text()
     assert key not in text
     assert "Write a query" not in text
