@@ -28,6 +28,7 @@ from sae_ray.adapters.recipe import Recipe
 from sae_ray.artifacts import locate, read_file, write_atomically
 from sae_ray.distributed.gang import Gang, Tell, run_gang, together
 from sae_ray.distributed.runtime import Workers, cluster, plan_workers
+from sae_ray.memory import keep_large_blocks
 from sae_ray.storage import explain_storage, write_local
 
 Offload = Literal["none", "cpu", "nvme"]
@@ -91,6 +92,7 @@ def train_expert(
 
 
 def _here(training: Training, material: Material) -> Generator[Step, None, Trained]:
+    keep_large_blocks()
     if not torch.cuda.is_available():
         # transformers imports DeepSpeed where it is installed, which warns that it finds no GPU.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -103,6 +105,7 @@ def _here(training: Training, material: Material) -> Generator[Step, None, Train
 
 def _loop(config: dict[str, Any], tell: Tell) -> Trained:
     """Run one worker's part."""
+    keep_large_blocks()
     training, workers = config["training"], config["workers"]
     material = ray.get(config["material"])
     world = _join(training, workers)

@@ -219,6 +219,7 @@ def _worker_env(workers: Workers) -> dict[str, str]:
     # Fewer workers than this machine has cores share out all of them.
     threads = max(workers.num_cpus, cpu_count() // workers.count if alone else 0)
     here = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+    here["MALLOC_ARENA_MAX"] = "1"  # loops run in threads: see sae_ray.memory
     # DeepSpeed looks for a GPU's toolkit unless it is told that there is none.
     return WORKER_ENV | here | ({} if workers.num_gpus else {"DS_ACCELERATOR": "cpu"})
 

@@ -24,6 +24,7 @@ from torch import Tensor
 from sae_ray.artifacts import config_hash, locate, read_file, write_atomically
 from sae_ray.distributed.gang import Gang, Tell, run_gang, together
 from sae_ray.distributed.runtime import cluster, plan_workers
+from sae_ray.memory import keep_large_blocks
 from sae_ray.sae.part import Part, Task, from_bytes, to_bytes
 from sae_ray.sae.train import Step
 
@@ -48,6 +49,7 @@ def train_parts(task: Task, path: str, model_name: str) -> Iterator[Step]:
 
 
 def _in_process(task: Task, path: str, model_name: str) -> Iterator[Step]:
+    keep_large_blocks()
     part = Part(task, device="cuda" if torch.cuda.is_available() else "cpu")
     try:
         state = from_bytes(read_file(f"{path}/{_CHECKPOINT}"))
@@ -98,6 +100,7 @@ def _anywhere(path: str) -> str:
 
 def _loop(config: dict[str, Any], tell: Tell) -> None:
     """Do one worker's part; what is wrong for good is raised on all workers."""
+    keep_large_blocks()
     task: Task = config["task"]
     context = ray.train.get_context()
     rank, num_workers = context.get_world_rank(), context.get_world_size()
