@@ -38,6 +38,7 @@ def blocks(eyes: Eyes, prompts: Mapping[str, list[str]]) -> Mapping[str, IndexBl
 
 @pytest.fixture(scope="session")
 def background(blocks: Mapping[str, IndexBlock]) -> IndexBlock:
-    """Prompts of two domains that have no expert in the tests."""
-    joined = IndexBlock.concatenate([blocks["small_talk"], blocks["manners"]])
+    """Prompts of domains that have no expert in the tests."""
+    names = ("small_talk", "manners", "rewriting", "kinds")
+    joined = IndexBlock.concatenate([blocks[one] for one in names])
     return joined.take(np.random.default_rng(0).permutation(len(joined)))
