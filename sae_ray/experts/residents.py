@@ -7,11 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from peft import PeftModel
-from peft.tuners.lora import LoraLayer
 from transformers import PreTrainedModel
 
 from sae_ray.adapters.latent import LatentConfig, LatentLayer
-from sae_ray.errors import BusyError, ModelError, RegistryError, RequestError
+from sae_ray.errors import BusyError, ModelError, RequestError
 from sae_ray.experts.card import ExpertCard
 from sae_ray.experts.registry import ExpertRegistry
 from sae_ray.experts.stacked import Factors, read_config, read_lora
@@ -181,9 +180,3 @@ def require_servable(card: ExpertCard) -> None:
             f"expert {card.name} is a whole model of its own (adapter=full) and cannot share the "
             "base: serve it as a base, or train it as an adapter"
         )
-
-
-def require_plain(model: PreTrainedModel) -> None:
-    """Refuse a model that has adapters in it already: rows would get them all."""
-    if any(isinstance(one, LoraLayer | LatentLayer) for one in model.modules()):
-        raise RegistryError("the base has adapters in it already: give the model without them")

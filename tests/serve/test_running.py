@@ -57,6 +57,8 @@ def served(
         yield f"http://127.0.0.1:{port}/v1", key, registry.path
     finally:
         service.send_signal(signal.SIGINT)
+        assert service.stdout is not None
+        service.stdout.close()
         assert service.wait(120) == 0
     text = (folder / "log").read_text()
     assert key not in text
