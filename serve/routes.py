@@ -220,7 +220,11 @@ class Form:
             logprobs = {
                 "tokens": [token.text for token in tokens],
                 "token_logprobs": [token.logprob for token in tokens],
-                "top_logprobs": [dict(token.top) for token in tokens],
+                "top_logprobs": [
+                    # Of several that read alike (parts of a character) the likeliest.
+                    dict(reversed(token.top))
+                    for token in tokens
+                ],
                 "text_offset": [],
             }
         return {"index": 0, "finish_reason": pieces[-1].finish, "logprobs": logprobs}

@@ -157,7 +157,7 @@ class Finetuning:
         if retained := bool(material.retain) and recipe.retain_weight > 0:
             require_adapter(adapter or start_from, "retain_weight")
         full = adapter is None and start_from is None
-        # Weights that are trained stay float32; under DeepSpeed its engine keeps them so.
+        # What is trained stays float32; under DeepSpeed its engine keeps it so.
         dtype = "float32" if full and self.world.deepspeed is None else recipe.dtype
         base = load_causal(lm, dtype)
         self.num_base_parameters = count(base.parameters())
@@ -165,9 +165,9 @@ class Finetuning:
         with self.world.gathered(vectors(base)):  # the gains of norms, which subspaces are put by
             self.model = adapted(base, adapter, start_from)
         reference = load_causal(lm, dtype) if full and recipe.objective == "dpo" else None
-        micro, accumulated = recipe.micro_rows_for(self.world.count)
+        micro, passes = recipe.micro_rows_for(self.world.count)
         if isinstance(self.model, PeftModel):
-            share_penalties(self.model, accumulated)
+            share_penalties(self.model, passes)
         near = Retain(material.retain, recipe.retain_weight, micro, recipe.seed, self.world)
         with by_its_old_name():
             self.trainer = make_trainer(
@@ -179,8 +179,7 @@ class Finetuning:
                 retain=near if retained else None,
                 reference=reference,
             )
-        self.looks: list[Look] = []
-        self.stopped_early = False
+        self.looks, self.stopped_early = list[Look](), False
         self.num_parameters = count(p for p in self.model.parameters() if p.requires_grad)
 
     @property

@@ -59,8 +59,12 @@ def registry(tmp_path: Path) -> str:
 
 
 def test_a_registry_becomes_a_router_that_tells_its_experts_apart(
-    registry: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    registry: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
     talk, out = write_rows(tmp_path, "small_talk"), tmp_path / "router"
     line = [f"--registry={registry}", f"--out={out}", "--kind=zero_shot"]
     assert run(*line, f"--background={talk}", "--num_background=60") == 0
@@ -70,8 +74,13 @@ def test_a_registry_becomes_a_router_that_tells_its_experts_apart(
     router = Router.load(str(out))
     ids = {one.card.name: one.id for one in ExpertRegistry(registry).active()}
     assert sorted(one.id for one in router.experts) == sorted(ids.values())
-    messages = [{"role": "user", "content": "Say it the old way: the red bird waits"}]
-    assert router.route(messages).expert_ids == (ids["velan"],)
+    for name, id in ids.items():
+        rows = pq.read_table(tiny.pool_path(), columns=["domain", "messages"]).to_pylist()
+        unseen = [row["messages"][:1] for row in rows if row["domain"] == name][NUM_ROWS:][:20]
+        chosen = [route.expert_ids for route in router.route_many(unseen)]
+        others = {one for one in ids.values() if one != id}
+        assert chosen.count((id,)) >= 10, chosen
+        assert not any(set(one) & others for one in chosen)
     # The same line again does nothing; another kind needs another folder.
     assert run(*line, f"--background={talk}", "--num_background=60") == 0
     assert run(*line[:2], "--kind=knn", f"--background={talk}", "--num_background=60") == 2

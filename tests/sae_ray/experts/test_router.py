@@ -115,8 +115,7 @@ def test_no_more_of_the_background_leaves_the_base_than_is_allowed(
     held = hard.take(np.arange(1, len(hard), 2))
     assert np.mean(router.scores(held).max(1) >= 0) <= 0.05
     raised = dict(zip(DOMAINS, router.fitted.thresholds, strict=True))
-    assert raised["order"] > 0
-    assert raised["velan"] == 0
+    assert raised["order"] > max(one for name, one in raised.items() if name != "order"), raised
     mixed = Router.fit(
         eyes, {"id": ("order", "", blocks["order"].take(range(NUM_KNOWN)))}, hard, mixed=True
     )
