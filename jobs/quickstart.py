@@ -53,7 +53,7 @@ def main(config: Config) -> None:
 
     def train(name: str, data: str, task: str) -> ExpertMaker:
         few = {"num_epochs": 5, "micro_rows": 16, "general_rows": 16, "num_workers": 0}
-        settings = FinetuneSettings(lm=config.lm, data=data, **few)
+        settings = FinetuneSettings(lm=config.lm, data=data, **few)  # pyright: ignore
         maker = ExpertMaker(settings, f"{folder}/{name}", name=name, description=task)
         follow(maker.make())
         print(f"   {name}: {told(maker.card.measures[0])}")

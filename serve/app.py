@@ -32,7 +32,7 @@ def build(settings: ServeSettings) -> Application:
             "num_cpus": settings.num_cpus,
             "num_gpus": int(settings.device.startswith("cuda")),
         },
-    ).bind(
+    ).bind(  # pyright: ignore
         settings.lm,
         settings.registry,
         settings.model_dump(
@@ -51,7 +51,7 @@ def build(settings: ServeSettings) -> Application:
         max_ongoing_requests=16,
         max_queued_requests=2 * ongoing,
         ray_actor_options={"num_cpus": settings.num_cpus},
-    ).bind(settings.router, settings.lm, settings.sae)
+    ).bind(settings.router, settings.lm, settings.sae)  # pyright: ignore
     ingress = serve.deployment(
         IngressReplica,
         name="ingress",
@@ -61,4 +61,4 @@ def build(settings: ServeSettings) -> Application:
         ray_actor_options={"num_cpus": 0.1},
     )
     http = {"max_body_bytes": int(settings.max_body_mb * 2**20), "max_ongoing": 4 * ongoing}
-    return ingress.bind(engine, router or None, settings.keys, settings.timeout_s, http)
+    return ingress.bind(engine, router or None, settings.keys, settings.timeout_s, http)  # pyright: ignore

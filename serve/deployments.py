@@ -129,7 +129,7 @@ class RouterReplica:
 
     async def route(self, messages: list[Message], previous: str | None, top_k: int) -> Route:
         """Decide who is to answer."""
-        return await asyncio.to_thread(self._router.route, messages, previous=previous, top_k=top_k)
+        return await asyncio.to_thread(self._router.route, messages, previous=previous, top_k=top_k)  # pyright: ignore
 
 
 @serve.ingress()
@@ -168,7 +168,7 @@ def backends_of(engine: DeploymentHandle, router: DeploymentHandle | None) -> Ba
     async def streamed(question: Question) -> AsyncGenerator[Answer, None]:
         response = streaming.stream.remote(question)
         try:
-            async for part in response:
+            async for part in response:  # pyright: ignore
                 yield part
         finally:
             response.cancel()

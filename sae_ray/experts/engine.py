@@ -89,7 +89,7 @@ class Engine:
         path = locate_model(lm or EMBEDDED)
         self.chat = ChatTokenizer.load(path)
         self._backend = self.chat.tokenizer.backend_tokenizer
-        self.model = load_causal(path, dtype).eval().requires_grad_(False).to(device)
+        self.model = load_causal(path, dtype).eval().requires_grad_(False).to(device)  # pyright: ignore
         config = self.model.config.get_text_config()
         self.context = int(config.max_position_embeddings)
         ends = self.model.generation_config and self.model.generation_config.eos_token_id
@@ -149,7 +149,7 @@ class Engine:
 
     def prompt_text(self, text: str) -> tuple[int, ...]:
         """Return the tokens of plain text that is to be gone on with."""
-        return tuple(self._backend.encode(text).ids)
+        return tuple(self._backend.encode(text).ids)  # pyright: ignore
 
     def require_tokens(self, ids: Sequence[int]) -> tuple[int, ...]:
         """Return tokens that were given as such.
@@ -184,7 +184,7 @@ class Engine:
             for id in ask.experts:
                 residents.append(self.residents.pin(id))
                 undo.callback(self.residents.unpin, residents[-1])
-            text = TextStream(self._backend, ask.sampling.stop)
+            text = TextStream(self._backend, ask.sampling.stop)  # pyright: ignore
             draw = random.Random(ask.sampling.seed)
             self._waiting.append(_Running(ticket, residents, max_tokens, text, draw))
             undo.pop_all()
@@ -340,7 +340,7 @@ class Engine:
         top = running.ticket.ask.sampling.top_logprobs
         ended = token in self._ends
         with_logprob = top is not None and not ended
-        tokens = (told(logits, token, top or 0, self._backend),) if with_logprob else ()
+        tokens = (told(logits, token, top or 0, self._backend),) if with_logprob else ()  # pyright: ignore
         text = "" if ended else running.text.add(token)
         finish: Finish | None = "stop" if ended or running.text.stopped else None
         if finish is None and running.num_tokens >= running.max_tokens:

@@ -193,7 +193,7 @@ def _likeness(units: Units, members: Units, k: int) -> Float32[np.ndarray, " n"]
 def _centroids(units: Units, most: int) -> Units:
     """Return unit vectors of the centres that k-means finds, from a fixed seed."""
     num = min(most, len(units) // 2)
-    _, which = kmeans2(units.astype(np.float64), num, seed=0, minit="++")
+    _, which = kmeans2(units.astype(np.float64), num, seed=0, minit="++")  # pyright: ignore
     centres = [units[which == i].mean(0) for i in range(num) if (which == i).any()]
     return unit(np.stack(centres)).astype(np.float32)
 
@@ -231,7 +231,7 @@ def _temperature(
         each = [tried.log_probabilities(one)[:, e].mean() for e, one in enumerate(groups)]
         return -float(np.mean(each))
 
-    return float(np.exp(minimize_scalar(loss, bounds=(-4, 3), method="bounded").x))
+    return float(np.exp(minimize_scalar(loss, bounds=(-4, 3), method="bounded").x))  # pyright: ignore
 
 
 def _require_enough(names: Sequence[str], prompts: Sequence[Units], background: Units) -> None:

@@ -83,7 +83,7 @@ def draw_prompts(source: str, num: int, *, staging: str | None = None, seed: int
     slices = plan(source, rows_per_shard=_SLICE, staging=staging).slices
     order = rng.permutation(len(slices))
     conversations = (one for i in order for one in read(slices[i]).conversations)
-    asked = (requests(one.messages)[-1:] for one in islice(conversations, _DRAWN_FROM))
+    asked = (requests(one.messages)[-1:] for one in islice(conversations, _DRAWN_FROM))  # pyright: ignore
     texts = list(dict.fromkeys(text for last in asked for text in last if text.strip()))
     if not texts:
         raise PoolError(

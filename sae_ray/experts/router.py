@@ -296,7 +296,7 @@ class Router:
             HiddenSpace(**{name: tensors[f"space.{name}"] for name in fields}),
             tensors["latent_means"],
             tensors["background"],
-            [Routed(*about["experts"][i], tensors[f"prompts.{i}"]) for i in count],
+            [Routed(*about["experts"][i], tensors[f"prompts.{i}"]) for i in count],  # pyright: ignore
             fitted,
             {int(latent): label for latent, label in about["labels"].items()},
         )

@@ -98,7 +98,7 @@ class RowCache(Cache):
             return hidden.masked_fill_(~seen, torch.finfo(dtype).min).unsqueeze(1)
 
         def sliding() -> Mask:
-            return additive((back >= 0) & (back < window))
+            return additive((back >= 0) & (back < window))  # pyright: ignore
 
         if kinds := getattr(self.config, "layer_types", None):
             made = {"full_attention": lambda: additive(back >= 0), "sliding_attention": sliding}

@@ -223,7 +223,7 @@ def main() -> None:
     never = [] if options.real else ["manners", "small_talk"]
     each = divisions(list(blocks), never, options.num_experts, options.divisions)
     results = {kind: [measure(eyes, blocks, one, kind) for one in each] for kind in KINDS}
-    part.figures += figures_of(results, "share", options.real)
+    part.figures += figures_of(results, "share", options.real)  # pyright: ignore
     part.details |= {"divisions": [dataclasses.asdict(one) for one in each], "results": results}
     show(
         "accuracy, and left-out background that stays, by division",

@@ -50,7 +50,7 @@ class KeywordRouter:
             found = [previous]
         found = found[:top_k]
         return KeywordRoute(
-            expert_ids=tuple(found),
+            expert_ids=tuple(found),  # pyright: ignore
             weights=tuple(1 / len(found) for _ in found),
             reasons=(KeywordReason(7, "says the word", 0.5),) if found else (),
             scores={id: float(id in found) for id in self.ids.values()},
@@ -93,7 +93,7 @@ def client_of(
         experts=replica.experts,
         answer=replica.answer,
         stream=replica.stream,
-        route=router and router.route,
+        route=router and router.route,  # pyright: ignore
     )
     gateway = Gateway(backends, meters, timeout_s=timeout_s)
     ingress = Ingress(gateway, keys or Keys(None), limits or HttpLimits(), meters)

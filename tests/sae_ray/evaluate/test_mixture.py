@@ -54,7 +54,7 @@ def test_every_arm_is_answered_by_whom_its_plan_names(
     router = Router.fit(eyes, known, read("small_talk", 60))
     own = dict(zip(DOMAINS, DOMAINS, strict=True))
     arms = list(
-        evaluate_mixture(tiny.lm_path(), adapters, own, router, questions, union=adapters["order"])
+        evaluate_mixture(tiny.lm_path(), adapters, own, router, questions, union=adapters["order"])  # pyright: ignore
     )
     by_name = {arm.name: arm for arm in arms}
     assert [arm.name.split(" (")[0] for arm in arms] == [

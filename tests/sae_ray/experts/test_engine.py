@@ -52,7 +52,7 @@ def generate(model: torch.nn.Module, engine: Engine, ids: tuple[int, ...], num: 
         do_sample=False,
         max_new_tokens=num,
     )
-    return engine.chat.tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True)
+    return engine.chat.tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True)  # pyright: ignore
 
 
 @pytest.fixture
@@ -165,7 +165,7 @@ def test_a_seed_draws_the_same_answer_whoever_else_is_there(engine: Engine) -> N
     others = [asked.ask(prompt, "large", temperature=1.0) for prompt in PROMPTS]
     engine.step()
     again = asked.ask(PROMPTS[0], "small", **how)
-    other = asked.ask(PROMPTS[0], "small", **(how | {"seed": 5}))
+    other = asked.ask(PROMPTS[0], "small", **(how | {"seed": 5}))  # pyright: ignore
     asked.finish()
     assert asked.text(first) == asked.text(again) != asked.text(other)
     assert all(asked.pieces[one][-1].finish for one in others)

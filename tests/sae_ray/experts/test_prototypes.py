@@ -73,7 +73,7 @@ def test_prototypes_come_back_from_a_file_or_are_read_from_the_data_now(
     kept = registered(tmp_path / "kept", eyes, content, "/gone", eyes.lm)
     found = prototypes_of(kept, str(tmp_path / "kept/registry"), eyes)
     assert np.array_equal(found.hidden_mean(), block.hidden_mean())
-    assert (found.pooled("mean") != block.pooled("mean")).nnz == 0
+    assert (found.pooled("mean") != block.pooled("mean")).nnz == 0  # pyright: ignore
 
     bare = registered(tmp_path / "bare", eyes, None, str(data), eyes.lm)
     found = prototypes_of(bare, str(tmp_path / "bare/registry"), eyes)
