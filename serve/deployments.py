@@ -69,12 +69,26 @@ class EngineReplica:
         loop, ready = asyncio.get_running_loop(), asyncio.Event()
         pieces: queue.SimpleQueue[Piece] = queue.SimpleQueue()
 
+        gone = threading.Event()
+
         def hand_over(piece: Piece) -> None:
             pieces.put(piece)
-            loop.call_soon_threadsafe(ready.set)
+            # Whoever asked may have gone, and the loop with it: the engine goes on with the others.
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(ready.set)
 
-        # In a thread: it may have to fetch an expert first.
-        ticket = await asyncio.to_thread(self._submit, question, hand_over)
+        def submit() -> Ticket:
+            ticket = self._submit(question, hand_over)
+            if gone.is_set():
+                ticket.cancel()
+            return ticket
+
+        try:
+            # In a thread, which no cancellation stops: it may have to fetch an expert first.
+            ticket = await asyncio.to_thread(submit)
+        except asyncio.CancelledError:
+            gone.set()
+            raise
         try:
             finish = None
             while finish is None:

@@ -10,7 +10,9 @@ import json
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors import SafetensorError
 
 from sae_ray.errors import ModelError
@@ -96,9 +98,27 @@ def _load_with_sae_lens(sae: str):
             "SAEs (decoderesearch.github.io/SAELens) lists releases and ids"
         ) from error
     if loaded.cfg.metadata.get("model_from_pretrained_kwargs", {}).get("center_writing_weights"):
-        raise ModelError(
-            f"{sae} was trained on a model whose writing weights are centred, which is not how "
-            "transformers loads it: its latents would be read from other activations; give an SAE "
-            "of the model as it is published"
-        )
+        _centre_what_it_reads(sae, loaded)
     return loaded
+
+
+def _centre_what_it_reads(name: str, sae: Any) -> None:
+    """Let a SAE of a model whose writing weights are centred read the model as it is published.
+
+    There each activation has mean 0 over d_in: (x - mean(x)) W_enc = x (W_enc - mean of its rows).
+
+    Raises:
+        ModelError: it is of an architecture, or a normalisation, to which this does not apply.
+    """
+    if sae.cfg.architecture() != "standard" or sae.cfg.normalize_activations != "none":
+        raise ModelError(
+            f"{name} was trained on a model whose writing weights are centred, and is no standard "
+            "SAE without normalisation: what it would read here cannot be made the same; give an "
+            "SAE of the model as it is published"
+        )
+    with torch.no_grad():
+        if sae.cfg.apply_b_dec_to_input:
+            sae.b_enc -= sae.b_dec @ sae.W_enc
+            sae.cfg.apply_b_dec_to_input = False
+        sae.W_enc -= sae.W_enc.mean(dim=0)
+    sae.cfg.metadata.model_from_pretrained_kwargs = {}

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from sae_ray.errors import ModelError
 from sae_ray.sae.encoder import LatentEncoder
-from sae_ray.sae.pretrained import load_encoder, resolve
+from sae_ray.sae.pretrained import _centre_what_it_reads, load_encoder, resolve
 
 # sae-lens imports what it knows to be deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:The 'utils' module has been deprecated")
@@ -205,9 +205,23 @@ def test_a_release_is_read_from_the_registry_once(tmp_path):
 
     load = f"encoder = load_encoder('gpt2-small-res-jb:{HOOK}')\n"
     say = "print(f'{encoder.W[0, 0]:.5f}', encoder.hook_point, 'sae_lens' in sys.modules)\n"
-    expected = f"{weights()['W_enc'][0, 0]:.5f} {HOOK}"
+    # Of a model whose activations are centred: read are those of the model as it is published.
+    W_enc = weights()["W_enc"]
+    expected = f"{W_enc[0, 0] - W_enc[:, 0].mean():.5f} {HOOK}"
     not_there = load.replace(HOOK, "blocks.1.hook_resid_pre")
     first = run(load + say + not_there)
     assert f"{expected} True" in first
     assert "ModelError: sae-lens cannot load gpt2-small-res-jb:blocks.1.hook_resid_pre" in first
     assert f"{expected} False" in run(load + say)
+
+
+def test_a_sae_of_centred_activations_reads_what_it_was_trained_on(tmp_path):
+    old_folder(tmp_path / "sae")
+    from sae_lens import SAE  # noqa: PLC0415 (8 s)
+
+    sae = SAE.load_from_disk(str(tmp_path / "sae"))
+    x = torch.randn(7, sae.cfg.d_in) + 3
+    expected = sae.encode(x - x.mean(1, keepdim=True))
+    _centre_what_it_reads("sae", sae)
+    torch.testing.assert_close(sae.encode(x), expected, atol=1e-4, rtol=1e-4)
+    assert (expected > 0).any()
