@@ -1,6 +1,7 @@
 """Asking: questions put to a running service, and who answers each of them, why, and what."""
 
 import contextlib
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -61,7 +62,7 @@ def service(*flags: str) -> Iterator[str]:
                 f"the service did not start ({' '.join(command[1:])}): its own words are above"
             )
         finally:
-            process.terminate()
+            process.send_signal(signal.SIGINT)  # of the other one Ray says that it was received
 
 
 def ask(url: str, questions: Sequence[str], *, max_tokens: int = 24) -> Iterator[str]:
