@@ -15,6 +15,7 @@ from sae_ray.chat import Message
 from sae_ray.errors import WorkError
 from sae_ray.experts.answers import Ask, Limits, Piece, Ticket
 from sae_ray.experts.engine import Engine
+from sae_ray.experts.router import Router
 from sae_ray.lm import DTypeName
 from serve.gateway import Answer, Backends, Gateway, Question, Route
 from serve.keys import Keys
@@ -134,11 +135,6 @@ class RouterReplica:
     """A router, asked by coroutines."""
 
     def __init__(self, path: str, lm: str | None, sae: str | None) -> None:
-        # The module is looked for when a router is asked for: an engine serves without one.
-        from sae_ray.experts.router import (  # noqa: PLC0415 # pyright: ignore
-            Router,
-        )
-
         self._router = Router.load(path, lm, sae)
 
     async def route(self, messages: list[Message], previous: str | None, top_k: int) -> Route:
