@@ -8,12 +8,21 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig
 
+from sae_ray.experts.agreement import agreed
 from sae_ray.experts.settings import ServeSettings
 from serve.deployments import EngineReplica, IngressReplica, RouterReplica
+from serve.hosts import require_address
 
 
 def build(settings: ServeSettings) -> Application:
-    """Put the service together."""
+    """Put the service together.
+
+    Raises:
+        ConfigError: base, router and experts do not belong together, or everyone could ask from
+            other machines: at the host given, or at that of the Serve that runs already.
+    """
+    require_address(settings)
+    settings = agreed(settings)
     ongoing = settings.max_rows + settings.max_waiting
     engine = serve.deployment(
         EngineReplica,
@@ -51,7 +60,9 @@ def build(settings: ServeSettings) -> Application:
         max_ongoing_requests=16,
         max_queued_requests=2 * ongoing,
         ray_actor_options={"num_cpus": settings.num_cpus},
-    ).bind(settings.router, settings.lm, settings.sae)  # pyright: ignore
+    ).bind(  # pyright: ignore
+        settings.router, settings.lm, settings.sae, settings.registry, settings.reload_s
+    )
     ingress = serve.deployment(
         IngressReplica,
         name="ingress",

@@ -14,7 +14,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError, RayServeException
 
 from sae_ray.chat import Message
-from sae_ray.errors import BusyError, ConfigError, RequestError, SaeRayError
+from sae_ray.errors import BusyError, RequestError, SaeRayError
 from sae_ray.experts.answers import Piece, Sampling
 from serve.meters import Meters
 from serve.schemas import BASE, MIXTURE, ApiError, RouteOptions
@@ -146,12 +146,17 @@ class Chosen:
         return {
             "experts": experts,
             "chosen_by": "router",
-            "abstained": route.abstained,
+            "abstained": not self.experts,
             "reasons": [
                 {"latent": r.latent, "label": r.label, "contribution": r.contribution}
                 for r in route.reasons
+                if route.abstained or self.experts  # else they speak for somebody who is gone
             ],
-            "scores": {self.known.get(one, one): score for one, score in route.scores.items()},
+            "scores": {
+                BASE if one == BASE else self.known[one]: score
+                for one, score in route.scores.items()
+                if one == BASE or one in self.known
+            },
         }
 
 
@@ -214,9 +219,16 @@ class Gateway:
         made = await self._patiently(lambda: route(messages, options.previous, options.top_k))
         self._meters.observe("route", time.perf_counter() - started)
         names = {id: name for name, id in (await self.experts()).items()}
-        chosen = tuple(names.get(id, id) for id in made.expert_ids)
-        self._meters.count_route(chosen, abstained=made.abstained)
-        return Chosen(tuple(made.expert_ids), tuple(made.weights), chosen, made, names)
+        # A router may not have heard yet of who was retired: the base answers in their place.
+        present = {
+            id: weight
+            for id, weight in zip(made.expert_ids, made.weights, strict=True)
+            if id in names
+        }
+        chosen = tuple(names[id] for id in present)
+        weights = tuple(weight / sum(present.values()) for weight in present.values())
+        self._meters.count_route(chosen, abstained=not chosen)
+        return Chosen(tuple(present), weights, chosen, made, names)
 
     async def answer(self, question: Question) -> Answer:
         """Return a whole answer.
@@ -295,8 +307,6 @@ def told(error: BaseException, timeout_s: float) -> ApiError:
         error = error.cause
     if isinstance(error, RequestError):
         return ApiError(400, str(error), param=error.param, code=error.code)
-    if isinstance(error, ConfigError):  # of a router that knows fewer experts than asked for
-        return ApiError(400, str(error), param="moie.top_k")
     if isinstance(error, BusyError | BackPressureError):
         message = str(error) if isinstance(error, BusyError) else "too many requests are waiting"
         return ApiError(

@@ -10,7 +10,8 @@ class ServeSettings(JobConfig):
     """What is served, and how much of it at once."""
 
     lm: str | None = None
-    """Folder or hub name of the base; the embedded default unless given."""
+    """Folder or hub name of the base; the router's or the experts' own unless given, and the
+    embedded default where there are neither."""
     registry: str | None = None
     """Folder or URL of the experts; the base answers alone unless given."""
     router: str | None = None

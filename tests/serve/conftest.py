@@ -10,7 +10,7 @@ from starlette.testclient import TestClient
 
 from sae_ray.adapters.attach import AdapterSpec
 from sae_ray.experts.registry import ExpertRegistry
-from serve.deployments import EngineReplica
+from serve.deployments import EngineReplica, RouterReplica
 from serve.gateway import Backends, Gateway
 from serve.keys import Keys
 from serve.meters import Meters
@@ -82,7 +82,7 @@ def served_registry(
 def client_of(
     replica: EngineReplica,
     *,
-    router: KeywordRouter | None,
+    router: KeywordRouter | RouterReplica | None,
     keys: Keys | None = None,
     limits: HttpLimits | None = None,
     timeout_s: float = 30,

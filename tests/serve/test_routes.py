@@ -330,9 +330,16 @@ def test_readiness_asks_the_engine(service: Service) -> None:
     assert service.client.get("/readyz").json() == {"status": "ready"}
 
 
-def test_routes_are_those_of_whoever_decides(service: Service) -> None:
-    router = KeywordRouter({"sums": "0" * 16})
+def test_the_base_answers_for_whom_the_router_names_and_nobody_can_ask(service: Service) -> None:
+    gone = "0" * 16
+    router = KeywordRouter({"sums": gone, "rivers": service.ids["rivers"]})
     with client_of(service.replica, router=router) as client:
-        asked = body(model="moie", messages=[{"role": "user", "content": "sums"}])
-        # A router that names somebody who is not there: said so, and nobody else answers.
-        expect_error(client.post(CHAT, json=asked), 503, "cannot be loaded")
+        messages = [{"role": "user", "content": "sums"}]
+        told = client.post(CHAT, json=body(model="moie", messages=messages))
+        assert told.headers["x-moie-route"] == "base"
+        route = {"experts": [], "chosen_by": "router", "abstained": True, "reasons": []}
+        assert told.json()["route"] == route | {"scores": {"rivers": 0.0}}
+        both = [{"role": "user", "content": "sums and rivers"}]
+        asked = body(model="moie", messages=both, moie={"top_k": 2})
+        (one,) = client.post(CHAT, json=asked).json()["route"]["experts"]
+        assert one == {"id": service.ids["rivers"], "name": "rivers", "weight": 1.0}
