@@ -105,6 +105,8 @@ class Engine:
         self._waiting: collections.deque[_Running] = collections.deque()
         self._wake = threading.Event()
         self._tokens = 0
+        self._left_out: set[str] = set()
+        """Experts in use that cannot be asked, which was said once of each."""
         self.experts: Mapping[str, Expert] = {}
         """The experts in use that can be asked, by name."""
         self.refresh()
@@ -118,8 +120,9 @@ class Engine:
                 self._require_mine(expert)
                 found[expert.card.name] = expert
             except RequestError as error:
-                if expert.card.name not in self.experts:
-                    logger.debug("left out: %s", error)
+                if expert.id not in self._left_out:
+                    logger.warning("left out: %s", error)
+                    self._left_out.add(expert.id)
         self.experts = found
 
     def _require_mine(self, expert: Expert) -> None:
