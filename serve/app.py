@@ -71,5 +71,8 @@ def build(settings: ServeSettings) -> Application:
         max_ongoing_requests=100_000,
         ray_actor_options={"num_cpus": 0.1},
     )
-    http = {"max_body_bytes": int(settings.max_body_mb * 2**20), "max_ongoing": 4 * ongoing}
+    # All that the engines take on, and a batch more, of bodies on their way and of answers just
+    # ended: what is beyond is refused before it is read or routed.
+    most = settings.max_engines * ongoing + settings.max_rows
+    http = {"max_body_bytes": int(settings.max_body_mb * 2**20), "max_ongoing": most}
     return ingress.bind(engine, router or None, settings.keys, settings.timeout_s, http)  # pyright: ignore

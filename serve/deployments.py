@@ -76,7 +76,8 @@ class EngineReplica:
         loop, ready = asyncio.get_running_loop(), asyncio.Event()
         pieces: queue.SimpleQueue[Piece] = queue.SimpleQueue()
 
-        gone = threading.Event()
+        # Either the thread sees that who asked has gone, or who goes sees the ticket.
+        gone, begun = threading.Event(), list[Ticket]()
 
         def hand_over(piece: Piece) -> None:
             pieces.put(piece)
@@ -85,7 +86,7 @@ class EngineReplica:
                 loop.call_soon_threadsafe(ready.set)
 
         def submit() -> Ticket:
-            ticket = self._submit(question, hand_over)
+            begun.append(ticket := self._submit(question, hand_over))
             if gone.is_set():
                 ticket.cancel()
             return ticket
@@ -93,10 +94,6 @@ class EngineReplica:
         try:
             # In a thread, which no cancellation stops: it may have to fetch an expert first.
             ticket = await asyncio.to_thread(submit)
-        except asyncio.CancelledError:
-            gone.set()
-            raise
-        try:
             finish = None
             while finish is None:
                 await ready.wait()
@@ -106,7 +103,9 @@ class EngineReplica:
                     finish = part[-1].finish
                     yield Answer(len(ticket.ask.ids), part)
         finally:
-            ticket.cancel()
+            gone.set()
+            for ticket in begun:
+                ticket.cancel()
 
     def _submit(self, question: Question, hand_over: Any) -> Ticket:
         match question.prompt:
@@ -206,7 +205,7 @@ class IngressReplica:
         meters = Meters()
         gateway = Gateway(backends_of(engine, router), meters, timeout_s=timeout_s)
         limits = HttpLimits(**http)  # pyright: ignore[reportArgumentType]
-        self._ingress = Ingress(gateway, Keys.load(keys), limits, meters)
+        self._ingress = Ingress(gateway, Keys(keys), limits, meters)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return create_app(self._ingress)

@@ -5,7 +5,8 @@ import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
+import uuid
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from typing import Protocol, TypeVar
 from urllib.parse import quote
 
@@ -243,7 +244,7 @@ class Gateway:
         self._meters.count_tokens(answer.prompt_tokens, answer.num_tokens)
         return answer
 
-    async def stream(self, question: Question) -> AsyncIterator[Answer]:
+    async def stream(self, question: Question) -> AsyncGenerator[Answer, None]:
         """Return an answer in parts, as it is made.
 
         Raises:
@@ -314,12 +315,16 @@ def told(error: BaseException, timeout_s: float) -> ApiError:
         )
     if isinstance(error, TimeoutError):
         return ApiError(504, f"no answer within {timeout_s:g} s: ask for fewer tokens")
-    logger.error("a request failed: %s", error)
+    # What an error says may hold paths, or what was asked.
+    request = uuid.uuid4().hex[:12]
+    logger.error("request %s failed: %s", request, type(error).__name__)
+    logger.debug("request %s failed", request, exc_info=error)
+    if isinstance(error, LOST):
+        return _lost()
     if isinstance(error, SaeRayError):
-        return ApiError(
-            503, "this expert cannot be loaded now: ask another model", retry_after_s=30
-        )
-    return _lost()
+        message = f"this expert cannot be loaded now (request {request}): ask another model"
+        return ApiError(503, message, retry_after_s=30)
+    return ApiError(500, f"this is the server's mistake, and was logged (request {request})")
 
 
 def _lost() -> ApiError:

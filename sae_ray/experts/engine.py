@@ -46,6 +46,16 @@ class _Running:
     text: TextStream
     draw: random.Random
     num_tokens: int = 0
+    untold: list[Token] = dataclasses.field(default_factory=list)
+    """Tokens whose text is not shown yet, where probabilities were asked for."""
+
+    def due(self, *, at_end: bool) -> tuple[Token, ...]:
+        """Take the tokens whose text is shown; those that a stop string cut off never are."""
+        begun = [
+            at_end and not self.text.stopped or t.offset < self.text.shown for t in self.untold
+        ]
+        due, self.untold = self.untold[: sum(begun)], self.untold[sum(begun) :]
+        return tuple(due)
 
 
 @dataclasses.dataclass(eq=False)
@@ -342,17 +352,19 @@ class Engine:
         running.num_tokens += 1
         top = running.ticket.ask.sampling.top_logprobs
         ended = token in self._ends
-        with_logprob = top is not None and not ended
-        tokens = (told(logits, token, top or 0, self._backend),) if with_logprob else ()  # pyright: ignore
+        if top is not None and not ended:
+            at = running.text.length
+            running.untold.append(told(logits, token, at, top, self._backend))  # pyright: ignore
         text = "" if ended else running.text.add(token)
         finish: Finish | None = "stop" if ended or running.text.stopped else None
         if finish is None and running.num_tokens >= running.max_tokens:
             finish = "length"
         if finish is None:
-            running.ticket.hand_over(Piece(text, 1, tokens))
+            running.ticket.hand_over(Piece(text, 1, running.due(at_end=False)))
         else:
             self._leave(running)
-            self._end(running, text + running.text.end(), tokens, finish)
+            text += running.text.end()
+            self._end(running, text, running.due(at_end=True), finish)
 
     def _leave(self, running: _Running) -> None:
         """Take a request's rows out of the batch."""

@@ -38,7 +38,9 @@ def choose(
     return chosen
 
 
-def told(logits: Float[Tensor, " vocab"], chosen: int, top: int, tokenizer: Tokenizer) -> Token:
+def told(
+    logits: Float[Tensor, " vocab"], chosen: int, offset: int, top: int, tokenizer: Tokenizer
+) -> Token:
     """Return a chosen token with its logarithmic probability and the likeliest ones beside it."""
     logprobs = logits.float().log_softmax(-1)
     values, ids = logprobs.topk(min(top, len(logprobs)))
@@ -46,6 +48,7 @@ def told(logits: Float[Tensor, " vocab"], chosen: int, top: int, tokenizer: Toke
     return Token(
         text=_decode(tokenizer, chosen),
         logprob=float(logprobs[chosen]),
+        offset=offset,
         top=tuple((_decode(tokenizer, id), value) for id, value in pairs),
     )
 
@@ -69,6 +72,16 @@ class TextStream:
         self._shown = 0
         self.stopped = False
         """Whether a stop string was met."""
+
+    @property
+    def length(self) -> int:
+        """Return how many characters it has, shown or not."""
+        return len(self._decoded)
+
+    @property
+    def shown(self) -> int:
+        """Return how many of them were shown."""
+        return self._shown
 
     def add(self, id: int) -> str:
         """Take the next token; return the text that can be shown from now on."""

@@ -308,3 +308,18 @@ def test_a_batch_gives_what_its_rows_give_alone():
         alone = tokens_of(chat, one, 30)
         for field in ("ids", "kinds", "response", "ends"):
             np.testing.assert_array_equal(getattr(tokens, field), getattr(alone, field))
+
+
+def test_patterns_of_roles_are_kept_in_bounds(tiny_lm: Path) -> None:
+    chat = ChatTokenizer.load(tiny_lm)
+    roles = itertools.product(("user", "assistant"), repeat=8)
+    rows = [
+        Conversation("", [Message(role=role, content=f"said {i}") for i, role in enumerate(one)])
+        for one in roles
+    ]
+    once = chat.tokenize(rows, 1000)
+    assert len(chat._frames) <= 64
+    again = chat.tokenize(rows, 1000)
+    assert all(isinstance(one, Tokens) for one in once)
+    for a, b in zip(once, again, strict=True):
+        assert np.array_equal(a.kinds, b.kinds)  # pyright: ignore

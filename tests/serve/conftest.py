@@ -39,10 +39,12 @@ class KeywordRouter:
 
     def __init__(self, ids: Mapping[str, str]) -> None:
         self.ids = ids
+        self.asked = 0
 
     async def route(
         self, messages: Sequence[Mapping[str, str]], previous: str | None, top_k: int
     ) -> KeywordRoute:
+        self.asked += 1
         await asyncio.sleep(0)
         said = messages[-1]["content"]
         found = [id for name, id in self.ids.items() if name in said]
@@ -96,8 +98,9 @@ def client_of(
         route=router and router.route,  # pyright: ignore
     )
     gateway = Gateway(backends, meters, timeout_s=timeout_s)
-    ingress = Ingress(gateway, keys or Keys(None), limits or HttpLimits(), meters)
-    return TestClient(create_app(ingress), raise_server_exceptions=False)
+    ingress = Ingress(gateway, keys or Keys(), limits or HttpLimits(), meters)
+    app = create_app(ingress)
+    return TestClient(app, "http://127.0.0.1", raise_server_exceptions=False)
 
 
 @pytest.fixture(scope="session")

@@ -68,3 +68,11 @@ def test_an_address_beyond_loopback_is_not_built_without_keys() -> None:
 def test_a_router_without_experts_is_not_built(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="there is no --registry"):
         build(ServeSettings(router=str(tmp_path / "router")))
+
+
+def test_places_grow_with_the_engines() -> None:
+    for engines in (1, 3):
+        settings = ServeSettings(max_engines=engines, max_rows=8, max_waiting=4)
+        built = build_app(build(settings), name="moie", route_prefix="/")
+        (ingress,) = [one for one in built.deployments if one.name == "ingress"]
+        assert ingress.init_args[-1]["max_ongoing"] == engines * (8 + 4) + 8

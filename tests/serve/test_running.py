@@ -114,7 +114,7 @@ def test_openais_client_knows_the_errors(
 
 
 def test_bad_bodies_never_make_a_500_nor_hold_a_place(served: tuple[str, str, str]) -> None:
-    headers = {"authorization": f"Bearer {served[1]}"}
+    headers = {"authorization": f"Bearer {served[1]}", "content-type": "application/json"}
     with httpx.Client(base_url=served[0], headers=headers, timeout=30) as client:
         for content in (b"", b"{", b"[" * 100_000, b"\x00", b"x" * 10_000_000):
             response = client.post("/chat/completions", content=content)
