@@ -21,6 +21,7 @@ from sae_ray.experts.registry import ExpertRegistry
 from sae_ray.experts.router import Router
 from sae_ray.lm import DTypeName
 from sae_ray.storage import storage_errors
+from sae_ray.threads import use_cores
 from serve.gateway import Answer, Backends, Gateway, Question, Route
 from serve.keys import Keys
 from serve.meters import EngineMeters, Meters
@@ -40,7 +41,9 @@ class EngineReplica:
         dtype: DTypeName,
         device: str,
         reload_s: float,
+        num_cpus: int | None,
     ) -> None:
+        use_cores(num_cpus)
         self._engine = Engine(
             lm,
             registry,
@@ -141,8 +144,15 @@ class RouterReplica:
     """A router with a thread that keeps it as the registry is, asked by coroutines."""
 
     def __init__(
-        self, path: str, lm: str | None, sae: str | None, registry: str, reload_s: float
+        self,
+        path: str,
+        lm: str | None,
+        sae: str | None,
+        registry: str,
+        reload_s: float,
+        num_cpus: int | None,
     ) -> None:
+        use_cores(num_cpus)
         self._follower = Follower(Router.load(path, lm, sae), ExpertRegistry(registry))
         self._follower.look()
         self._reload_s = reload_s

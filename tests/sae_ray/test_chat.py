@@ -1,6 +1,6 @@
 """What of a rendered chat somebody said, for the templates that models come with."""
 
-from itertools import groupby
+import itertools
 
 import numpy as np
 import pytest
@@ -94,7 +94,7 @@ def said(chat: ChatTokenizer, one: Conversation) -> list[tuple[str, bool]]:
     """Return the text of each run of content tokens, and whether the assistant said it."""
     tokens = tokens_of(chat, one)
     marked = zip(chat.texts(one, tokens), tokens.kinds, tokens.response, strict=True)
-    runs = groupby(marked, key=lambda token: (token[1] == Kind.CONTENT, bool(token[2])))
+    runs = itertools.groupby(marked, key=lambda token: (token[1] == Kind.CONTENT, bool(token[2])))
     return [
         ("".join(text for text, *_ in run), response)
         for (content, response), run in runs
@@ -105,7 +105,7 @@ def said(chat: ChatTokenizer, one: Conversation) -> list[tuple[str, bool]]:
 def role_words(chat: ChatTokenizer, one: Conversation) -> list[str]:
     tokens = tokens_of(chat, one)
     marked = zip(chat.texts(one, tokens), tokens.kinds == Kind.ROLE, strict=True)
-    runs = groupby(marked, key=lambda token: token[1])
+    runs = itertools.groupby(marked, key=lambda token: token[1])
     return ["".join(text for text, _ in run) for is_role, run in runs if is_role]
 
 

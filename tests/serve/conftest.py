@@ -108,7 +108,7 @@ def service(served_registry: str, tiny_lm_of: Callable[[str], Path]) -> Iterator
     """An engine of four rows, a router by keywords, and a client."""
     limits = {"max_rows": 4, "max_waiting": 4, "prefill_tokens": 512, "adapter_memory_mb": 10.0}
     lm = str(tiny_lm_of("llama"))
-    replica = EngineReplica(lm, served_registry, limits, "float32", "cpu", 0.2)
+    replica = EngineReplica(lm, served_registry, limits, "float32", "cpu", 0.2, 1)
     ids = asyncio.run(replica.experts())
     with client_of(replica, router=KeywordRouter(ids)) as client:
         yield Service(replica, client, ids)

@@ -61,8 +61,8 @@ def mixture(tmp_path: Path) -> Iterator[Mixture]:
     velan = ("velan", "", eyes.read(prompts["velan"][:40]))
     router = Router.fit(eyes, {id: velan}, background, mixed=True)
     router.save(str(tmp_path / "router"), "embedded", "embedded")
-    engine = EngineReplica(None, registry.path, LIMITS, "float32", "cpu", RELOAD_S)
-    chooser = RouterReplica(str(tmp_path / "router"), None, None, registry.path, RELOAD_S)
+    engine = EngineReplica(None, registry.path, LIMITS, "float32", "cpu", RELOAD_S, 1)
+    chooser = RouterReplica(str(tmp_path / "router"), None, None, registry.path, RELOAD_S, 1)
     with client_of(engine, router=chooser) as client:
         yield dataclasses.replace(setting, client=client)
     chooser.close()
