@@ -3,13 +3,11 @@
 
 import sys
 
-from pydantic import Field
-
 from sae_ray.adapters.settings import FinetuneSettings
 from sae_ray.config import OutputPath, run_job
 from sae_ray.distributed.expert import ExpertMaker
 from sae_ray.distributed.progress import follow
-from sae_ray.experts.card import NAME_PATTERN
+from sae_ray.experts.card import ExpertName
 from sae_ray.experts.registry import ExpertRegistry
 from sae_ray.experts.tables import told
 
@@ -27,7 +25,7 @@ class Config(FinetuneSettings):
     rows; if not, it stays a candidate.
     """
 
-    name: str = Field(default="expert", pattern=NAME_PATTERN)
+    name: ExpertName = "expert"
     """Name of the expert; another one of that name is its next version."""
     description: str | None = None
     """The task in a sentence. Default: that of the selection."""

@@ -18,8 +18,9 @@ class Config(JobConfig):
     python jobs/fit_router.py --registry runs/experts --background chats.jsonl --out runs/router
     python jobs/fit_router.py --registry runs/experts --kind logistic --out runs/router
 
-    At most 5 % of the background's prompts leave the base. Without a background the embedded pool
-    stands in, of which prompts like the experts' own are set aside: nothing is promised then.
+    At most about 5 % of the background's prompts leave the base; printed is the share of others,
+    which were held out. For the embedded model the embedded pool stands in for a background; the
+    experts' own tasks occur in it, so that nothing is promised then, and more of it leaves.
     """
 
     registry: OutputPath
@@ -28,9 +29,10 @@ class Config(JobConfig):
     """How it decides: by a few centroids of each expert's prompts (zero_shot), by the prompts
     themselves (knn), or by a classifier trained on them (logistic)."""
     background: str | None = None
-    """Conversations that no expert should answer: any pool. Default: part of the embedded pool."""
-    num_background: int = Field(default=1000, ge=40)
-    """Prompts drawn of the background."""
+    """Conversations that no expert should answer: any pool. Required but for the embedded model,
+    whose own pool stands in."""
+    num_background: int = Field(default=1000, ge=50)
+    """Prompts drawn of the background to fit on; a quarter more is held out to measure."""
     lm: str | None = None
     """The experts' base: a folder or a Hugging Face name. Default: what their cards name."""
     sae: str | None = None
@@ -45,7 +47,7 @@ def main(config: Config) -> None:
     """Fit a router over the experts in use, and show what it knows."""
     registry = ExpertRegistry(config.registry)
     lm, sae = sources_of(registry, config.lm, config.sae)
-    router = gather(
+    router, held = gather(
         registry,
         config.background,
         lm=lm,
@@ -55,7 +57,7 @@ def main(config: Config) -> None:
         seed=config.seed,
     )
     router.save(config.out, lm, sae)
-    Console().print(tabulate(router))
+    Console().print(tabulate(router, held))
     print(f"{config.out}: a {config.kind} router over {len(router.experts)} experts")
 
 

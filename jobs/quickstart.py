@@ -72,7 +72,7 @@ def main(config: Config) -> None:
         Console().print(tabulate(examine(adapters)))
         print(f"4. a second expert, for: {SECOND}; and both behind one address")
         train("second", curate("second-selection", SECOND), SECOND).register(registry)
-        print(*try_out(registry, f"{folder}/router"), sep="\n")
+        print(*try_out(registry, f"{folder}/router", Path(__file__).parent), sep="\n")
     print(f"\nNow open {selection}/report.html and {folder}/expert/report.html")
 
 

@@ -38,6 +38,9 @@ it was made. Llama 3.1's own default."""
 _ROLE_WORD = re.compile(r"[ ▁]?\w+(?=\n|<|\Z)")
 
 
+_MAX_FRAMES = 64
+"""Patterns of roles that are kept: a service is asked with any number of them."""
+
 STANDING_ROLES = ("system", "developer")
 """Who speaks once for a whole conversation."""
 
@@ -222,9 +225,12 @@ class ChatTokenizer:
     ) -> list[tuple[int, int, bool]]:
         """Return (start, end, by the assistant) of each content in the text, without empty ones."""
         key = (generation_prompt, tuple(message["role"] for message in messages))
-        if key not in self._frames:
-            self._frames[key] = self._frame(*key)
-        frame = self._frames[key]
+        try:
+            frame = self._frames[key]
+        except KeyError:
+            if len(self._frames) >= _MAX_FRAMES:
+                self._frames.clear()
+            frame = self._frames[key] = self._frame(*key)
         spans = (frame and _lay(frame, messages, text)) or _search(frame, messages, text)
         return [
             (start, end, messages[i]["role"] == "assistant")

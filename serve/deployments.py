@@ -2,9 +2,10 @@
 
 import asyncio
 import contextlib
+import logging
 import queue
 import threading
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 from typing import Any
 
 from fastapi import FastAPI
@@ -12,15 +13,21 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from sae_ray.chat import Message
-from sae_ray.errors import WorkError
+from sae_ray.errors import RequestError, SaeRayError, WorkError
 from sae_ray.experts.answers import Ask, Limits, Piece, Ticket
 from sae_ray.experts.engine import Engine
+from sae_ray.experts.following import Follower
+from sae_ray.experts.registry import ExpertRegistry
 from sae_ray.experts.router import Router
 from sae_ray.lm import DTypeName
+from sae_ray.storage import storage_errors
+from sae_ray.threads import use_cores
 from serve.gateway import Answer, Backends, Gateway, Question, Route
 from serve.keys import Keys
 from serve.meters import EngineMeters, Meters
 from serve.routes import HttpLimits, Ingress, create_app
+
+logger = logging.getLogger(__name__)
 
 
 class EngineReplica:
@@ -34,7 +41,9 @@ class EngineReplica:
         dtype: DTypeName,
         device: str,
         reload_s: float,
+        num_cpus: int | None,
     ) -> None:
+        use_cores(num_cpus)
         self._engine = Engine(
             lm,
             registry,
@@ -70,7 +79,8 @@ class EngineReplica:
         loop, ready = asyncio.get_running_loop(), asyncio.Event()
         pieces: queue.SimpleQueue[Piece] = queue.SimpleQueue()
 
-        gone = threading.Event()
+        # Either the thread sees that who asked has gone, or who goes sees the ticket.
+        gone, begun = threading.Event(), list[Ticket]()
 
         def hand_over(piece: Piece) -> None:
             pieces.put(piece)
@@ -79,7 +89,7 @@ class EngineReplica:
                 loop.call_soon_threadsafe(ready.set)
 
         def submit() -> Ticket:
-            ticket = self._submit(question, hand_over)
+            begun.append(ticket := self._submit(question, hand_over))
             if gone.is_set():
                 ticket.cancel()
             return ticket
@@ -87,10 +97,6 @@ class EngineReplica:
         try:
             # In a thread, which no cancellation stops: it may have to fetch an expert first.
             ticket = await asyncio.to_thread(submit)
-        except asyncio.CancelledError:
-            gone.set()
-            raise
-        try:
             finish = None
             while finish is None:
                 await ready.wait()
@@ -100,7 +106,9 @@ class EngineReplica:
                     finish = part[-1].finish
                     yield Answer(len(ticket.ask.ids), part)
         finally:
-            ticket.cancel()
+            gone.set()
+            for ticket in begun:
+                ticket.cancel()
 
     def _submit(self, question: Question, hand_over: Any) -> Ticket:
         match question.prompt:
@@ -116,7 +124,8 @@ class EngineReplica:
     def _look_round(self) -> None:
         """Look into the registry now and then, and show what the engine is busy with."""
         while not self._stop.wait(self._reload_s):
-            self._engine.refresh()
+            with _warned("the registry cannot be read: the experts stay as they are"):
+                self._engine.refresh()
             self._meters.show(self._engine.load)
 
     def check_health(self) -> None:
@@ -132,14 +141,63 @@ class EngineReplica:
 
 
 class RouterReplica:
-    """A router, asked by coroutines."""
+    """A router with a thread that keeps it as the registry is, asked by coroutines."""
 
-    def __init__(self, path: str, lm: str | None, sae: str | None) -> None:
-        self._router = Router.load(path, lm, sae)
+    def __init__(
+        self,
+        path: str,
+        lm: str | None,
+        sae: str | None,
+        registry: str,
+        reload_s: float,
+        num_cpus: int | None,
+    ) -> None:
+        use_cores(num_cpus)
+        self._follower = Follower(Router.load(path, lm, sae), ExpertRegistry(registry))
+        self._follower.look()
+        self._reload_s = reload_s
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._look_round, daemon=True)
+        self._thread.start()
 
     async def route(self, messages: list[Message], previous: str | None, top_k: int) -> Route:
-        """Decide who is to answer."""
-        return await asyncio.to_thread(self._router.route, messages, previous=previous, top_k=top_k)  # pyright: ignore
+        """Decide who is to answer.
+
+        Raises:
+            RequestError: more experts are to answer than there are.
+        """
+        router = self._follower.router
+        if top_k > (most := len(router.experts)):
+            raise RequestError(
+                f"top_k={top_k} but {most} experts can be chosen from: give 1 to {most}",
+                param="moie.top_k",
+            )
+        return await asyncio.to_thread(router.route, messages, previous=previous, top_k=top_k)  # pyright: ignore
+
+    def _look_round(self) -> None:
+        """Look into the registry now and then."""
+        while not self._stop.wait(self._reload_s):
+            with _warned("the registry cannot be read: routes stay as they are"):
+                self._follower.look()
+
+    def check_health(self) -> None:
+        """Let Serve replace a replica that does not follow the registry any more."""
+        if not self._thread.is_alive():
+            raise WorkError("the router does not follow the registry: see its log")
+
+    def close(self) -> None:
+        """Follow no longer."""
+        self._stop.set()
+        self._thread.join()
+
+
+@contextlib.contextmanager
+def _warned(what: str) -> Iterator[None]:
+    """Go on after what may pass, such as storage that is away for a while, and say so."""
+    try:
+        yield
+    except (SaeRayError, *storage_errors()) as error:
+        logger.warning("%s (%s)", what, error)
 
 
 @serve.ingress()
@@ -157,7 +215,7 @@ class IngressReplica:
         meters = Meters()
         gateway = Gateway(backends_of(engine, router), meters, timeout_s=timeout_s)
         limits = HttpLimits(**http)  # pyright: ignore[reportArgumentType]
-        self._ingress = Ingress(gateway, Keys.load(keys), limits, meters)
+        self._ingress = Ingress(gateway, Keys(keys), limits, meters)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return create_app(self._ingress)

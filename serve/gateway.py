@@ -5,7 +5,8 @@ import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
+import uuid
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from typing import Protocol, TypeVar
 from urllib.parse import quote
 
@@ -14,7 +15,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError, RayServeException
 
 from sae_ray.chat import Message
-from sae_ray.errors import BusyError, ConfigError, RequestError, SaeRayError
+from sae_ray.errors import BusyError, RequestError, SaeRayError
 from sae_ray.experts.answers import Piece, Sampling
 from serve.meters import Meters
 from serve.schemas import BASE, MIXTURE, ApiError, RouteOptions
@@ -146,12 +147,17 @@ class Chosen:
         return {
             "experts": experts,
             "chosen_by": "router",
-            "abstained": route.abstained,
+            "abstained": not self.experts,
             "reasons": [
                 {"latent": r.latent, "label": r.label, "contribution": r.contribution}
                 for r in route.reasons
+                if route.abstained or self.experts  # else they speak for somebody who is gone
             ],
-            "scores": {self.known.get(one, one): score for one, score in route.scores.items()},
+            "scores": {
+                BASE if one == BASE else self.known[one]: score
+                for one, score in route.scores.items()
+                if one == BASE or one in self.known
+            },
         }
 
 
@@ -214,9 +220,16 @@ class Gateway:
         made = await self._patiently(lambda: route(messages, options.previous, options.top_k))
         self._meters.observe("route", time.perf_counter() - started)
         names = {id: name for name, id in (await self.experts()).items()}
-        chosen = tuple(names.get(id, id) for id in made.expert_ids)
-        self._meters.count_route(chosen, abstained=made.abstained)
-        return Chosen(tuple(made.expert_ids), tuple(made.weights), chosen, made, names)
+        # A router may not have heard yet of who was retired: the base answers in their place.
+        present = {
+            id: weight
+            for id, weight in zip(made.expert_ids, made.weights, strict=True)
+            if id in names
+        }
+        chosen = tuple(names[id] for id in present)
+        weights = tuple(weight / sum(present.values()) for weight in present.values())
+        self._meters.count_route(chosen, abstained=not chosen)
+        return Chosen(tuple(present), weights, chosen, made, names)
 
     async def answer(self, question: Question) -> Answer:
         """Return a whole answer.
@@ -231,7 +244,7 @@ class Gateway:
         self._meters.count_tokens(answer.prompt_tokens, answer.num_tokens)
         return answer
 
-    async def stream(self, question: Question) -> AsyncIterator[Answer]:
+    async def stream(self, question: Question) -> AsyncGenerator[Answer, None]:
         """Return an answer in parts, as it is made.
 
         Raises:
@@ -295,8 +308,6 @@ def told(error: BaseException, timeout_s: float) -> ApiError:
         error = error.cause
     if isinstance(error, RequestError):
         return ApiError(400, str(error), param=error.param, code=error.code)
-    if isinstance(error, ConfigError):  # of a router that knows fewer experts than asked for
-        return ApiError(400, str(error), param="moie.top_k")
     if isinstance(error, BusyError | BackPressureError):
         message = str(error) if isinstance(error, BusyError) else "too many requests are waiting"
         return ApiError(
@@ -304,12 +315,16 @@ def told(error: BaseException, timeout_s: float) -> ApiError:
         )
     if isinstance(error, TimeoutError):
         return ApiError(504, f"no answer within {timeout_s:g} s: ask for fewer tokens")
-    logger.error("a request failed: %s", error)
+    # What an error says may hold paths, or what was asked.
+    request = uuid.uuid4().hex[:12]
+    logger.error("request %s failed: %s", request, type(error).__name__)
+    logger.debug("request %s failed", request, exc_info=error)
+    if isinstance(error, LOST):
+        return _lost()
     if isinstance(error, SaeRayError):
-        return ApiError(
-            503, "this expert cannot be loaded now: ask another model", retry_after_s=30
-        )
-    return _lost()
+        message = f"this expert cannot be loaded now (request {request}): ask another model"
+        return ApiError(503, message, retry_after_s=30)
+    return ApiError(500, f"this is the server's mistake, and was logged (request {request})")
 
 
 def _lost() -> ApiError:

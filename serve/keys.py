@@ -2,6 +2,7 @@
 
 import hashlib
 import hmac
+import logging
 import os
 import secrets
 import sys
@@ -9,49 +10,74 @@ from pathlib import Path
 
 from sae_ray.errors import ConfigError
 
+logger = logging.getLogger(__name__)
+
 _PREFIX = "sk-moie-"
 _HEX = set("0123456789abcdef")
 _MAKE = "make it with python -m serve.keys FILE NAME"
 
 
 class Keys:
-    """Who may ask: everyone, where no file of keys is given."""
+    """Who may ask: everyone, where no file of keys is given, else who stands in the file now."""
 
-    def __init__(self, hashes: tuple[str, ...] | None) -> None:
-        self._hashes = hashes
-
-    @classmethod
-    def load(cls, path: str | None) -> "Keys":
+    def __init__(self, path: str | None = None) -> None:
         """Read a file of SHA-256 hashes, one a line, a name behind each.
 
         Raises:
             ConfigError: the file cannot be read, or holds something else.
         """
-        if path is None:
-            return cls(None)
-        try:
-            lines = Path(path).read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"--keys {path} cannot be read ({error}): {_MAKE}") from None
-        hashes = tuple(line.split()[0] for line in lines if line.strip())
-        if not hashes or any(len(one) != 64 or set(one) - _HEX for one in hashes):
-            raise ConfigError(f"--keys {path} holds no hashes of keys, one a line: {_MAKE}")
-        return cls(hashes)
+        self._path = path
+        self._stamp = _stamp(path)
+        self._hashes = () if path is None else _read(path)
 
     @property
     def required(self) -> bool:
         """Say whether a key must be given."""
-        return self._hashes is not None
+        return self._path is not None
 
     def admits(self, authorization: str | None) -> bool:
         """Say whether a request's Authorization header holds a key that is known."""
-        if self._hashes is None:
+        if self._path is None:
             return True
+        self._look(self._path)
         scheme, _, key = (authorization or "").partition(" ")
         given = _hash(key.strip())
         # All of them are compared, so that the time says nothing of which one it was.
         found = [hmac.compare_digest(given, one) for one in self._hashes]
         return scheme.lower() == "bearer" and any(found)
+
+    def _look(self, path: str) -> None:
+        """Read the file again where it has changed; nobody is let in while it cannot be read."""
+        if (stamp := _stamp(path)) == self._stamp:
+            return
+        self._stamp = stamp
+        try:
+            self._hashes = _read(path)
+        except ConfigError as error:
+            self._hashes = ()
+            logger.error("nobody is let in: %s", error)
+
+
+def _stamp(path: str | None) -> tuple[int, int, int] | None:
+    """Return what changes with a file; None where there is none."""
+    if path is None:
+        return None
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_mtime_ns, status.st_size, status.st_ino
+
+
+def _read(path: str) -> tuple[str, ...]:
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--keys {path} cannot be read ({error}): {_MAKE}") from None
+    hashes = tuple(line.split()[0] for line in lines if line.strip())
+    if not hashes or any(len(one) != 64 or set(one) - _HEX for one in hashes):
+        raise ConfigError(f"--keys {path} holds no hashes of keys, one a line: {_MAKE}")
+    return hashes
 
 
 def add_key(path: str, name: str) -> str:

@@ -4,20 +4,21 @@ import asyncio
 import contextlib
 import dataclasses
 import json
-import time
-import uuid
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
-from fastapi import FastAPI, Request
+from fastapi import Depends, FastAPI, Request
 from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from pydantic import JsonValue
 from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
 
 from sae_ray.chat import Message
-from sae_ray.experts.answers import Piece
+from serve.forms import Form
 from serve.gateway import Answer, Chosen, Gateway, Question
+from serve.hosts import is_loopback
 from serve.keys import Keys
 from serve.meters import Meters
 from serve.schemas import ApiError, BodyT, ChatRequest, CompletionRequest, RouteRequest, read_body
@@ -60,6 +61,21 @@ class Ingress:
         self._limits = limits
         self._ongoing = 0
 
+    async def require_host(self, request: Request) -> None:
+        """Refuse names of others, where no keys are asked for.
+
+        Any web page may give its own name this machine's address (DNS rebinding), and then ask from
+        a visitor's browser. starlette's TrustedHostMiddleware does the same, though in its own
+        words and not for IPv6.
+        """
+        name = _hostname(request.headers.get("host", ""))
+        if not self._keys.required and (name is None or not is_loopback(name)):
+            raise ApiError(
+                421,
+                "this service is for its own machine, where it is called 127.0.0.1 or localhost: "
+                "ask it by that name, or let it ask for keys",
+            )
+
     def require_key(self, request: Request) -> None:
         """Refuse who has no key."""
         if not self._keys.admits(request.headers.get("authorization")):
@@ -69,9 +85,23 @@ class Ingress:
                 code="invalid_api_key",
             )
 
+    def admitted(self, request: Request) -> contextlib.AsyncExitStack:
+        """Let a request in that has a key, if there is a place; left with what is returned.
+
+        The place is taken before the body is read and before anything is routed: what is too much
+        costs nothing, and bodies that come slowly are no more than there are places.
+        """
+        self.require_key(request)
+        held = contextlib.AsyncExitStack()
+        held.enter_context(self._place())
+        return held
+
     async def read(self, request: Request, model: type[BodyT]) -> BodyT:
         """Read a request's body, no larger and no slower than allowed."""
-        self.require_key(request)
+        # Of other kinds web pages may send to any address without asking first.
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != "application/json":
+            raise ApiError(415, "the body must be JSON: send 'Content-Type: application/json'")
         most = self._limits.max_body_bytes
         too_large = ApiError(413, f"the body is larger than {most:,} bytes: send less")
         declared = request.headers.get("content-length", "")
@@ -89,7 +119,7 @@ class Ingress:
         return read_body(model, bytes(body))
 
     @contextlib.contextmanager
-    def place(self) -> Any:
+    def _place(self) -> Iterator[None]:
         """Hold a place among the requests in progress."""
         if self._ongoing >= self._limits.max_ongoing:
             raise ApiError(
@@ -102,173 +132,113 @@ class Ingress:
             self._ongoing -= 1
 
     async def respond(
-        self, question: Question, chosen: Chosen, form: "Form", asked: Any
+        self,
+        question: Question,
+        chosen: Chosen,
+        form: Form,
+        asked: Any,
+        held: contextlib.AsyncExitStack,
     ) -> Response:
-        """Answer at once or in a stream; what goes wrong before its first byte is an error."""
+        """Answer at once or in a stream; what goes wrong before its first byte is an error.
+
+        A stream takes over what is held for the request, and lets go of it when it ends.
+        """
         headers = {ROUTE_HEADER: chosen.header}
         if not asked.stream:
-            with self.place():
-                answer = await self.gateway.answer(question)
+            answer = await self.gateway.answer(question)
             return JSONResponse(form.whole(answer), headers=headers)
-        held = contextlib.ExitStack()
-        held.enter_context(self.place())
         parts = self.gateway.stream(question)
-        try:
-            first = await anext(parts)
-        except BaseException:
-            held.close()
-            raise
+        held.push_async_callback(parts.aclose)
+        first = await anext(parts)
         with_usage = asked.stream_options is not None and asked.stream_options.include_usage
-        events = self._events(held, form, first, parts, with_usage=with_usage)
-        return StreamingResponse(events, media_type="text/event-stream", headers=headers)
+        events = self._events(form, first, parts, with_usage=with_usage)
+        held.push_async_callback(events.aclose)
+        return HeldResponse(events, held.pop_all(), headers)
 
     async def _events(
-        self,
-        held: contextlib.ExitStack,
-        form: "Form",
-        first: Answer,
-        parts: AsyncIterator[Answer],
-        *,
-        with_usage: bool,
-    ) -> AsyncIterator[str]:
+        self, form: Form, first: Answer, parts: AsyncIterator[Answer], *, with_usage: bool
+    ) -> AsyncGenerator[str, None]:
         """Write server-sent events; a stream that breaks ends with an error event."""
-        with held:
-            num_tokens = first.num_tokens
-            try:
-                yield _event(form.chunk(first.pieces, opening=True))
-                async for part in parts:
-                    num_tokens += part.num_tokens
-                    yield _event(form.chunk(part.pieces))
-                if with_usage:
-                    yield _event(form.usage_chunk(first.prompt_tokens, num_tokens))
-                yield "data: [DONE]\n\n"
-            except ApiError as error:
-                self.meters.count_refusal(error.status)
-                yield _event(error.body)
-            finally:
-                await parts.aclose()  # pyright: ignore[reportAttributeAccessIssue]
+        num_tokens = first.num_tokens
+        try:
+            yield _event(form.chunk(first.pieces, opening=True))
+            async for part in parts:
+                num_tokens += part.num_tokens
+                yield _event(form.chunk(part.pieces))
+            if with_usage:
+                yield _event(form.usage_chunk(first.prompt_tokens, num_tokens))
+            yield "data: [DONE]\n\n"
+        except ApiError as error:
+            self.meters.count_refusal(error.status)
+            yield _event(error.body)
+
+
+class HeldResponse(StreamingResponse):
+    """A stream that lets go of what it holds also where nobody is there to begin it for."""
+
+    def __init__(
+        self,
+        events: AsyncGenerator[str, None],
+        held: contextlib.AsyncExitStack,
+        headers: dict[str, str],
+    ) -> None:
+        super().__init__(events, media_type="text/event-stream", headers=headers)
+        self._held = held
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send it."""
+        async with self._held:
+            await super().__call__(scope, receive, send)
+
+
+def _hostname(host: str) -> str | None:
+    """Return the name in a Host header; None where there is none."""
+    try:
+        return urlsplit(f"//{host}").hostname
+    except ValueError:
+        return None
 
 
 def _event(body: dict[str, JsonValue]) -> str:
     return f"data: {json.dumps(body, ensure_ascii=False)}\n\n"
 
 
-class Form:
-    """How an answer is laid out: as a chat's or as a completion's."""
-
-    def __init__(self, model: str, chosen: Chosen, *, chat: bool) -> None:
-        self.chat = chat
-        self.chosen = chosen
-        self._head: dict[str, JsonValue] = {
-            "id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}",
-            "created": int(time.time()),
-            "model": model,
-        }
-
-    def whole(self, answer: Answer) -> dict[str, JsonValue]:
-        """Lay out a whole answer."""
-        choice = self._choice(answer.pieces)
-        if self.chat:
-            choice["message"] = {"role": "assistant", "content": answer.text, "refusal": None}
-        else:
-            choice["text"] = answer.text
-        return {
-            **self._head,
-            "object": "chat.completion" if self.chat else "text_completion",
-            "choices": [choice],
-            "usage": _usage(answer.prompt_tokens, answer.num_tokens),
-            "route": self.chosen.told,
-        }
-
-    def chunk(self, pieces: Sequence[Piece], *, opening: bool = False) -> dict[str, JsonValue]:
-        """Lay out part of an answer; the first one says who answers."""
-        choice = self._choice(pieces)
-        text = "".join(piece.text for piece in pieces)
-        if self.chat:
-            choice["delta"] = (
-                {"role": "assistant", "content": text} if opening else {"content": text}
-            )
-        else:
-            choice["text"] = text
-        told = {"route": self.chosen.told} if opening else {}
-        return {**self._head, "object": self._chunk_kind, "choices": [choice], **told}
-
-    def usage_chunk(self, prompt: int, answer: int) -> dict[str, JsonValue]:
-        """Lay out what a stream took."""
-        usage = _usage(prompt, answer)
-        return {**self._head, "object": self._chunk_kind, "choices": [], "usage": usage}
-
-    @property
-    def _chunk_kind(self) -> str:
-        return "chat.completion.chunk" if self.chat else "text_completion"
-
-    def _choice(self, pieces: Sequence[Piece]) -> dict[str, Any]:
-        tokens = [token for piece in pieces for token in piece.tokens]
-        logprobs: JsonValue = None
-        if tokens and self.chat:
-            logprobs = {
-                "content": [
-                    {
-                        **_token(token.text, token.logprob),
-                        "top_logprobs": [_token(text, value) for text, value in token.top],
-                    }
-                    for token in tokens
-                ],
-                "refusal": None,
-            }
-        elif tokens:
-            logprobs = {
-                "tokens": [token.text for token in tokens],
-                "token_logprobs": [token.logprob for token in tokens],
-                "top_logprobs": [
-                    # Of several that read alike (parts of a character) the likeliest.
-                    dict(reversed(token.top))
-                    for token in tokens
-                ],
-                "text_offset": [],
-            }
-        return {"index": 0, "finish_reason": pieces[-1].finish, "logprobs": logprobs}
-
-
-def _token(text: str, logprob: float) -> dict[str, JsonValue]:
-    return {"token": text, "logprob": logprob, "bytes": list(text.encode("utf-8", "replace"))}
-
-
-def _usage(prompt: int, answer: int) -> dict[str, JsonValue]:
-    return {
-        "prompt_tokens": prompt,
-        "completion_tokens": answer,
-        "total_tokens": prompt + answer,
-    }
-
-
 def create_app(ingress: Ingress) -> FastAPI:
-    """Lay out the HTTP API."""
-    app = FastAPI(title="sae-ray", docs_url=None, redoc_url=None)
+    """Lay out the HTTP API.
+
+    Without a key one gets the page, the health checks and /openapi.json, which says what the source
+    says: they tell nothing of who is served, and asking costs no engine anything.
+    """
+    known_host = [Depends(ingress.require_host)]
+    app = FastAPI(title="sae-ray", docs_url=None, redoc_url=None, dependencies=known_host)
     gateway = ingress.gateway
 
     @app.post("/v1/chat/completions", openapi_extra=_body(ChatRequest))
     async def chat(request: Request) -> Response:
-        asked = await ingress.read(request, ChatRequest)
-        sampling = asked.sampling
-        chosen = await gateway.choose(asked.model, asked.plain, asked.moie)
-        question = Question(asked.plain, chosen.experts, chosen.weights, sampling)
-        return await ingress.respond(question, chosen, Form(asked.model, chosen, chat=True), asked)
+        async with ingress.admitted(request) as held:
+            asked = await ingress.read(request, ChatRequest)
+            sampling = asked.sampling
+            chosen = await gateway.choose(asked.model, asked.plain, asked.moie)
+            question = Question(asked.plain, chosen.experts, chosen.weights, sampling)
+            form = Form(asked.model, chosen, chat=True)
+            return await ingress.respond(question, chosen, form, asked, held)
 
     @app.post("/v1/completions", openapi_extra=_body(CompletionRequest))
     async def complete(request: Request) -> Response:
-        asked = await ingress.read(request, CompletionRequest)
-        sampling, prompt = asked.sampling, asked.one_prompt
-        text = prompt if isinstance(prompt, str) else ""
-        messages: list[Message] = [{"role": "user", "content": text}]
-        chosen = await gateway.choose(asked.model, messages, asked.moie)
-        question = Question(prompt, chosen.experts, chosen.weights, sampling)
-        return await ingress.respond(question, chosen, Form(asked.model, chosen, chat=False), asked)
+        async with ingress.admitted(request) as held:
+            asked = await ingress.read(request, CompletionRequest)
+            sampling, prompt = asked.sampling, asked.one_prompt
+            text = prompt if isinstance(prompt, str) else ""
+            messages: list[Message] = [{"role": "user", "content": text}]
+            chosen = await gateway.choose(asked.model, messages, asked.moie)
+            question = Question(prompt, chosen.experts, chosen.weights, sampling)
+            form = Form(asked.model, chosen, chat=False)
+            return await ingress.respond(question, chosen, form, asked, held)
 
     @app.post("/v1/route", openapi_extra=_body(RouteRequest))
     async def route(request: Request) -> Response:
-        asked = await ingress.read(request, RouteRequest)
-        with ingress.place():
+        async with ingress.admitted(request):
+            asked = await ingress.read(request, RouteRequest)
             chosen = await gateway.route(asked.plain, asked.moie)
         return JSONResponse(
             {"object": "route", **chosen.told}, headers={ROUTE_HEADER: chosen.header}

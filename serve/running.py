@@ -1,15 +1,14 @@
 """Running: the service started and stopped, on this machine or the cluster that it joins."""
 
 import contextlib
-import ipaddress
 import logging
-import os
 import signal
 import sys
 import threading
 from collections.abc import Iterator
 
 from ray import serve
+from ray.serve import Application
 from ray.serve.config import HTTPOptions
 
 from sae_ray.config import run_job
@@ -17,6 +16,7 @@ from sae_ray.distributed.runtime import cluster
 from sae_ray.errors import ConfigError
 from sae_ray.experts.settings import ServeSettings
 from serve.app import build
+from serve.hosts import require_address, running_at
 
 NAME = "moie"
 
@@ -25,40 +25,46 @@ NAME = "moie"
 def running(settings: ServeSettings) -> Iterator[str]:
     """Serve until the block is left; gives the URL of the page and, with /v1, of the API.
 
+    What others serve in the same cluster is left alone, also at the end.
+
     Raises:
-        ConfigError: it could be reached from elsewhere, and everyone might ask.
+        ConfigError: it could be reached from elsewhere, and everyone might ask; or Serve runs
+            already in this cluster, at another address.
     """
-    require_keys_beyond_loopback(settings.host, settings.keys)
+    application = build(settings)
     with cluster():
-        # Serve gives up later than the service itself, which says so in OpenAI's words.
-        until_s = settings.timeout_s + 30
-        options = HTTPOptions(host=settings.host, port=settings.port, request_timeout_s=until_s)
-        serve.start(http_options=options)
+        started_here = running_at() is None
+        if started_here:
+            # Serve gives up later than the service itself, which says so in OpenAI's words.
+            until_s = settings.timeout_s + 30
+            options = HTTPOptions(host=settings.host, port=settings.port, request_timeout_s=until_s)
+            serve.start(http_options=options)
         try:
-            serve.run(build(_absolute(settings)), name=NAME)
-            yield f"http://{settings.host}:{settings.port}"
+            require_address(settings)
+            with _deployed(application):
+                yield "http://{}:{}".format(*running_at() or ())
         finally:
-            serve.shutdown()
+            if started_here and not serve.status().applications:
+                serve.shutdown()
 
 
-def _absolute(settings: ServeSettings) -> ServeSettings:
-    """Return settings whose local paths hold in every replica's working directory."""
-    paths = settings.model_dump(include={"lm", "registry", "router", "sae", "keys"})
-    local = {name: path for name, path in paths.items() if path and os.path.exists(path)}
-    return settings.model_copy(update={n: os.path.abspath(path) for n, path in local.items()})
+@contextlib.contextmanager
+def _deployed(application: Application) -> Iterator[None]:
+    """Serve an application while the block lasts.
 
-
-def require_keys_beyond_loopback(host: str, keys: str | None) -> None:
-    """Refuse to be reached from elsewhere by everyone."""
-    try:
-        inside = ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        inside = host == "localhost"
-    if not inside and keys is None:
+    Raises:
+        ConfigError: one of its name is served already.
+    """
+    if NAME in serve.status().applications:
         raise ConfigError(
-            f"--host {host} can be reached from other machines, and without --keys everyone may "
-            "ask: make a key with python -m serve.keys FILE NAME, or stay on 127.0.0.1"
+            f"this cluster serves an application {NAME!r} already: update that with serve deploy, "
+            "or unset RAY_ADDRESS to run on this machine alone"
         )
+    try:
+        serve.run(application, name=NAME)
+        yield
+    finally:
+        serve.delete(NAME)
 
 
 def main(settings: ServeSettings) -> None:

@@ -66,12 +66,21 @@ class TextPart(_Strict):
     text: str
 
 
+Nothing = Annotated[list[JsonValue], Field(max_length=0)] | None
+"""What OpenAI's client sends back with an answer's message, though there is nothing in it."""
+
+
 class ChatMessage(_Strict):
-    """One turn."""
+    """One turn; an answer's message can be sent back as it came."""
 
     role: Role
     content: str | list[TextPart]
     name: str | None = None
+    refusal: Literal[""] | None = None
+    annotations: Nothing = None
+    tool_calls: Nothing = None
+    function_call: None = None
+    audio: None = None
 
     @property
     def plain(self) -> Message:
@@ -117,6 +126,7 @@ class _Common(_Strict):
     logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
 
     user: str | None = None
+    prompt_cache_key: str | None = None
     metadata: dict[str, str] | None = None
     safety_identifier: str | None = None
     store: Literal[False] | None = None
@@ -144,13 +154,32 @@ class _Common(_Strict):
         )
 
 
+class TextFormat(_Strict):
+    """The one form of answers."""
+
+    type: Literal["text"]
+
+
 class ChatRequest(_Common):
-    """Body of POST /v1/chat/completions."""
+    """Body of POST /v1/chat/completions; what is not served may be there as null."""
 
     messages: list[ChatMessage] = Field(min_length=1, max_length=2048)
     max_completion_tokens: int | None = Field(default=None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
+    response_format: TextFormat | None = None
+    modalities: Annotated[list[Literal["text"]], Field(min_length=1, max_length=1)] | None = None
+
+    tools: None = None
+    tool_choice: None = None
+    functions: None = None
+    function_call: None = None
+    parallel_tool_calls: None = None
+    audio: None = None
+    prediction: None = None
+    reasoning_effort: None = None
+    verbosity: None = None
+    web_search_options: None = None
 
     @property
     def sampling(self) -> Sampling:
@@ -210,8 +239,9 @@ class RouteRequest(_Strict):
 _TOOLS = ("tools", "tool_choice", "functions", "function_call", "parallel_tool_calls")
 _REFUSED = {
     **dict.fromkeys(_TOOLS, "tool calls are not served: ask without them"),
-    "response_format": "answers are plain text: leave response_format out",
+    "response_format": "answers are plain text: leave response_format out, or give type text",
     "modalities": "answers are plain text: leave modalities out",
+    "verbosity": "answers are as long as the model makes them: leave verbosity out",
     "audio": "answers are plain text: leave audio out",
     "reasoning_effort": "the model does not reason apart: leave reasoning_effort out",
     "web_search_options": "there is no search: leave web_search_options out",

@@ -11,6 +11,7 @@ from sae_ray.adapters.attach import AdapterSpec, attach
 from sae_ray.curate.sources import EMBEDDED, fingerprint, locate_source
 from sae_ray.experts.card import ExpertCard, Measure
 from sae_ray.experts.files import record_files
+from sae_ray.experts.prototypes import PROTOTYPES
 from sae_ray.experts.registry import Expert, ExpertRegistry
 
 
@@ -22,6 +23,7 @@ def add_expert(
     lm: str = EMBEDDED,
     seed: int = 0,
     size: float = 0.1,
+    prototypes: bytes | None = None,
 ) -> Expert:
     """Make an adapter with random weights of this size, and put it into use."""
     base = AutoModelForCausalLM.from_pretrained(locate_source("lm", lm), dtype=torch.float32)
@@ -34,6 +36,8 @@ def add_expert(
     with tempfile.TemporaryDirectory() as folder:
         adapted.save_pretrained(folder)
         (Path(folder) / "README.md").unlink(missing_ok=True)
+        if prototypes is not None:
+            (Path(folder) / PROTOTYPES).write_bytes(prototypes)
         card = ExpertCard(
             name=name,
             description=f"made by hand with seed {seed}",

@@ -48,6 +48,8 @@ class Token:
 
     text: str
     logprob: float
+    offset: int
+    """Where it begins in the answer's text, in characters."""
     top: tuple[tuple[str, float], ...] = ()
 
 

@@ -13,9 +13,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from sae_ray.errors import ModelError
 from sae_ray.experts.residents import NOBODY, LatentRows, Resident
 from sae_ray.experts.row_cache import RowCache
 from sae_ray.experts.stacked import StackedLora
+from sae_ray.lm import FAMILIES
+
+FORWARD_ERRORS = (RuntimeError, ValueError, LookupError, TypeError, AssertionError)
+"""What the code of a model may raise; running out of a GPU's memory is among them."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -35,7 +40,7 @@ class Batch:
     """Rows of a model, at most so many."""
 
     def __init__(self, model: PreTrainedModel, max_rows: int, latents: LatentRows) -> None:
-        """Take the model, whose matrices and head it hooks.
+        """Take the model, whose matrices and head it hooks, and try it out.
 
         Raises:
             ModelError: batches cannot be made of such a model.
@@ -46,6 +51,20 @@ class Batch:
         self._model, self._latents = model, latents
         self._last: Int[Tensor, " rows"] = torch.zeros(0, dtype=torch.long)
         model.get_output_embeddings().register_forward_pre_hook(self._last_states)  # pyright: ignore
+        try:
+            self.try_out()
+        except FORWARD_ERRORS as error:
+            raise ModelError(
+                f"{model.name_or_path} cannot answer in batches ({type(error).__name__}: {error}): "
+                f"serve a model of a family that is known ({', '.join(sorted(FAMILIES))})"
+            ) from error
+
+    @torch.inference_mode()
+    def try_out(self) -> None:
+        """Let the base read one token, as what cannot be run shows at once."""
+        row = Row((0,), None)
+        self.join([row])
+        self.leave([row])
 
     def join(self, rows: Sequence[Row]) -> Float[Tensor, "rows vocab"]:
         """Read the prompts of new rows; return the logits behind their last tokens.

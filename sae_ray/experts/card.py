@@ -2,14 +2,35 @@
 
 import hashlib
 import json
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    ValidationError,
+    field_validator,
+)
 
 from sae_ray.artifacts import FileRecord, Source
 from sae_ray.errors import ArtifactError
 
-NAME_PATTERN = r"^\w[\w.-]*$"
+_RESERVED = ("base", "moie")
+"""What a service calls the base and the mixture: an expert of that name could not be asked."""
+
+
+def _require_unreserved(name: str) -> str:
+    if name in _RESERVED:
+        raise ValueError(
+            f"a service calls its base and its mixture {' and '.join(_RESERVED)}: give another name"
+        )
+    return name
+
+
+ExpertName = Annotated[str, Field(pattern=r"^\w[\w.-]*$"), AfterValidator(_require_unreserved)]
+"""By which an expert is asked."""
 ADAPTER = "adapter"
 """Folder of an expert's files, beside its card."""
 SAFE_SUFFIXES = (".safetensors", ".json", ".jinja", ".txt", ".md")
@@ -44,7 +65,7 @@ class ExpertCard(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
-    name: str = Field(pattern=NAME_PATTERN)
+    name: ExpertName
     description: str
     """The task, in a sentence."""
     adapter: str

@@ -28,20 +28,16 @@ from torch import Tensor
 from sae_ray.adapters.loading import load_causal
 from sae_ray.chat import ChatTokenizer
 from sae_ray.curate.sources import EMBEDDED, fingerprint, locate_model
-from sae_ray.errors import BusyError, ModelError, RequestError, WorkError
+from sae_ray.errors import BusyError, RequestError, WorkError
 from sae_ray.experts.answers import Ask, Finish, Limits, Load, Piece, Ticket, Token
-from sae_ray.experts.batch import Batch, Row
+from sae_ray.experts.batch import FORWARD_ERRORS, Batch, Row
 from sae_ray.experts.prompts import Prompts
 from sae_ray.experts.registry import Expert, ExpertRegistry
 from sae_ray.experts.residents import Resident, Residents, require_servable
 from sae_ray.experts.sampling import TextStream, choose, told
-from sae_ray.lm import FAMILIES, DTypeName
+from sae_ray.lm import DTypeName
 
 logger = logging.getLogger(__name__)
-
-
-_FORWARD_ERRORS = (RuntimeError, ValueError, LookupError, TypeError, AssertionError)
-"""What the code of a model may raise; running out of a GPU's memory is among them."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -107,13 +103,6 @@ class Engine:
         max_bytes = int(self.limits.adapter_memory_mb * 2**20)
         self.residents = Residents(self.model, self._registry, max_bytes, self._require_mine)
         self.batch = Batch(self.model, self.limits.max_rows, self.residents.latents)
-        try:
-            self._try_out()
-        except _FORWARD_ERRORS as error:
-            raise ModelError(
-                f"{path} cannot answer in batches ({type(error).__name__}: {error}): serve a model "
-                f"of a family that is known ({', '.join(sorted(FAMILIES))})"
-            ) from error
         self._running: list[_Running] = []
         """Who is in the batch, in the order in which they came."""
         self._waiting: collections.deque[_Running] = collections.deque()
@@ -124,6 +113,8 @@ class Engine:
         """Whether it steps no more, and takes nothing on."""
         self.stepped_at = time.monotonic()
         """When it last ended a step, or found nothing to do."""
+        self._left_out: set[str] = set()
+        """Experts in use that cannot be asked, which was said once of each."""
         self.experts: Mapping[str, Expert] = {}
         """The experts in use that can be asked, by name."""
         self.refresh()
@@ -137,8 +128,9 @@ class Engine:
                 self._require_mine(expert)
                 found[expert.card.name] = expert
             except RequestError as error:
-                if expert.card.name not in self.experts:
-                    logger.debug("left out: %s", error)
+                if expert.id not in self._left_out:
+                    logger.warning("left out: %s", error)
+                    self._left_out.add(expert.id)
         self.experts = found
 
     def _require_mine(self, expert: Expert) -> None:
@@ -290,7 +282,7 @@ class Engine:
             running.rows = [Row(ids, one) for one in running.residents or [None]]
         try:
             logits = self.batch.join([row for one in joining for row in one.rows])
-        except _FORWARD_ERRORS as error:
+        except FORWARD_ERRORS as error:
             if len(joining) > 1:
                 for running in joining:
                     self._read([running])
@@ -310,7 +302,7 @@ class Engine:
             self._waiting.appendleft(latest)
         try:
             logits = self.batch.grow()
-        except _FORWARD_ERRORS as error:
+        except FORWARD_ERRORS as error:
             self._fail(list(self._running), error)
             return
         order = {id(row): i for i, row in enumerate(self.batch.rows)}
@@ -323,18 +315,11 @@ class Engine:
         for running in failing:
             self._finish(running, "failed")
         try:
-            self._try_out()
-        except _FORWARD_ERRORS as cause:
+            self.batch.try_out()
+        except FORWARD_ERRORS as cause:
             raise WorkError(
                 f"the model cannot be run any more ({type(cause).__name__}): start the engine again"
             ) from cause
-
-    @torch.inference_mode()
-    def _try_out(self) -> None:
-        """Let the base read one token."""
-        row = Row((0,), None)
-        self.batch.join([row])
-        self.batch.leave([row])
 
     def _advance(self, running: Sequence[_Running], logits: Float[Tensor, "rows vocab"]) -> None:
         """Choose the next token of every request, and hand over what its answer grows by."""
@@ -361,16 +346,18 @@ class Engine:
         running.answered.append(token)
         top = running.ticket.ask.sampling.top_logprobs
         ended = token in self._ends
-        with_logprob = top is not None and not ended
-        tokens = (told(logits, token, top or 0, self._backend),) if with_logprob else ()  # pyright: ignore
+        if top is not None and not ended:
+            at = running.text.length
+            running.text.untold.append(told(logits, token, at, top, self._backend))  # pyright: ignore
         text = "" if ended else running.text.add(token)
         finish: Finish | None = "stop" if ended or running.text.stopped else None
         if finish is None and len(running.answered) >= running.max_tokens:
             finish = "length"
         if finish is None:
-            running.ticket.hand_over(Piece(text, 1, tokens))
+            running.ticket.hand_over(Piece(text, 1, running.text.due(at_end=False)))
         else:
-            self._finish(running, finish, text + running.text.end(), tokens)
+            text += running.text.end()
+            self._finish(running, finish, text, running.text.due(at_end=True))
 
     def _finish(
         self, running: _Running, why: Finish, text: str = "", tokens: tuple[Token, ...] = ()

@@ -3,10 +3,12 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 from rich.table import Table
 from rich.text import Text
 
-from sae_ray.curate.sources import EMBEDDED, locate_source
+from sae_ray.curate.block import IndexBlock
+from sae_ray.curate.sources import EMBEDDED, fingerprint, locate_source
 from sae_ray.errors import ConfigError, ModelError
 from sae_ray.experts.fitting import Kind
 from sae_ray.experts.prototypes import Eyes, draw_prompts, prototypes_of
@@ -24,31 +26,42 @@ def gather(
     kind: Kind = "knn",
     num_background: int = 1000,
     seed: int = 0,
-) -> Router:
-    """Fit a router over the experts in use.
+) -> tuple[Router, IndexBlock]:
+    """Fit a router over the experts in use; return it with background prompts it has not seen.
 
     Args:
         registry: where they are.
-        background: conversations that none of them should answer; without it the embedded pool, of
-            which what looks like an expert's own is set aside.
+        background: conversations that none of them should answer; without it, for the embedded
+            base alone, the embedded pool, of which what looks like an expert's own is set aside.
         lm: the base of all of them.
         sae: of that model.
         kind: how the router decides.
-        num_background: prompts drawn of the background.
+        num_background: prompts drawn of the background to fit on; a quarter more is held out.
         seed: of the draw.
 
     Raises:
+        ConfigError: there is no background, and the base is not the embedded one.
         RegistryError: there is no expert in use, or one cannot be told from its files and data.
     """
+    if background is None and fingerprint("lm", lm) != fingerprint("lm", EMBEDDED):
+        raise ConfigError(
+            f"--background is missing: for the embedded model the embedded pool stands in, which "
+            f"says nothing of what {lm} is asked; give conversations that no expert should answer"
+        )
     eyes = Eyes.open(lm, sae)
     known = {
         one.id: (one.card.name, one.card.description, prototypes_of(one, registry.path, eyes))
         for one in registry.active()
     }
     source = background or locate_source("pool", EMBEDDED)
-    prompts = eyes.read(draw_prompts(source, num_background, seed=seed))
+    prompts = eyes.read(draw_prompts(source, num_background + num_background // 4, seed=seed))
+    num_held = len(prompts) // 5
+    seen, held = (
+        prompts.take(rows) for rows in np.split(np.arange(len(prompts)), [len(prompts) - num_held])
+    )
     labels = labels_of(locate_source("sae", sae))
-    return Router.fit(eyes, known, prompts, kind=kind, labels=labels, mixed=background is None)
+    router = Router.fit(eyes, known, seen, kind=kind, labels=labels, mixed=background is None)
+    return router, held
 
 
 def sources_of(registry: ExpertRegistry, lm: str | None, sae: str | None) -> tuple[str, str]:
@@ -74,15 +87,15 @@ def labels_of(sae: str) -> Mapping[int, str]:
     return {}
 
 
-def tabulate(router: Router) -> Table:
-    """Return a row an expert: its prompts, and how many of the background it would take."""
-    scores = router.fitted.scores(router.background)
+def tabulate(router: Router, held: IndexBlock) -> Table:
+    """Return a row an expert: its prompts, and how many of a held-out background it would take."""
+    scores = router.scores(held)
     taken = (scores >= 0) & (scores >= scores.max(1, keepdims=True))
-    table = Table("expert", "id", "task", "prompts", "background taken")
+    table = Table("expert", "id", "task", "prompts", "held-out background taken")
     for one, share in zip(router.experts, taken.mean(0), strict=True):
         name, task = Text(one.name), Text(one.description)
         table.add_row(name, one.id, task, str(len(one.units)), f"{share:.1%}")
-    kept = f"{1 - taken.any(1).mean():.1%} of {len(router.background):,} stay"
+    kept = f"{1 - taken.any(1).mean():.1%} of {len(held):,} stay"
     table.add_row("base", "", "", "", kept, style="dim")
     return table
 

@@ -120,6 +120,7 @@ def encode(eyes: Eyes, block: IndexBlock) -> bytes:
         "means": block.means[:, 0],
     }
     about = {"lm": eyes.lm, "sae": eyes.sae, "d_sae": str(block.d_sae)}
+    about["dtype"] = eyes.scorer.config.dtype  # that they were read in: told, and never compared
     return save({k: np.ascontiguousarray(v) for k, v in tensors.items()}, about)
 
 

@@ -55,7 +55,9 @@ def _nucleus(
     return torch.zeros_like(likely).scatter(-1, order, likeliest.where(before < top_p, 0))
 
 
-def told(logits: Float[Tensor, " vocab"], chosen: int, top: int, tokenizer: Tokenizer) -> Token:
+def told(
+    logits: Float[Tensor, " vocab"], chosen: int, offset: int, top: int, tokenizer: Tokenizer
+) -> Token:
     """Return a chosen token with its logarithmic probability and the likeliest ones beside it."""
     logprobs = logits.float().log_softmax(-1)
     values, ids = logprobs.topk(min(top, len(logprobs)))
@@ -63,6 +65,7 @@ def told(logits: Float[Tensor, " vocab"], chosen: int, top: int, tokenizer: Toke
     return Token(
         text=_decode(tokenizer, chosen),
         logprob=float(logprobs[chosen]),
+        offset=offset,
         top=tuple((_decode(tokenizer, id), value) for id, value in pairs),
     )
 
@@ -87,6 +90,13 @@ class TextStream:
         self._shown = 0
         self.stopped = False
         """Whether a stop string was met."""
+        self.untold: list[Token] = []
+        """Tokens with their probabilities, whose text is not shown yet."""
+
+    @property
+    def length(self) -> int:
+        """Return how many characters it has, shown or not."""
+        return len(self._decoded)
 
     def add(self, id: int) -> str:
         """Take the next token; return the text that can be shown from now on."""
@@ -98,6 +108,12 @@ class TextStream:
             self._decoded = self._decoded[: min(found)]
             return self._show(len(self._decoded))
         return self._show(len(self._decoded) - self._kept_back())
+
+    def due(self, *, at_end: bool) -> tuple[Token, ...]:
+        """Take the tokens whose text is shown; those that a stop string cut off never are."""
+        begun = [at_end and not self.stopped or one.offset < self._shown for one in self.untold]
+        due, self.untold = self.untold[: sum(begun)], self.untold[sum(begun) :]
+        return tuple(due)
 
     def _new_text(self, *, last: bool = False) -> str:
         """Return what the last tokens add: nothing while they may be half a character.

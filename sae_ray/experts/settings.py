@@ -10,7 +10,8 @@ class ServeSettings(JobConfig):
     """What is served, and how much of it at once."""
 
     lm: str | None = None
-    """Folder or hub name of the base; the embedded default unless given."""
+    """Folder or hub name of the base; the router's or the experts' own unless given, and the
+    embedded default where there are neither."""
     registry: str | None = None
     """Folder or URL of the experts; the base answers alone unless given."""
     router: str | None = None
@@ -43,8 +44,11 @@ class ServeSettings(JobConfig):
     """Until an answer is given up, in seconds."""
     max_body_mb: float = Field(default=1.0, gt=0)
     """Largest request."""
-    num_cpus: float = Field(default=1.0, ge=0)
-    """CPUs that an engine takes of the cluster."""
+    num_cpus: int | None = Field(default=None, ge=1)
+    """Cores that each engine computes on, and takes of the cluster. Unless given it computes on all
+    of its machine and takes one: give it where engines share a machine."""
+    router_cpus: int | None = Field(default=None, ge=1)
+    """The same of each router."""
     host: str = "127.0.0.1"
     """Address to listen on; beyond loopback it needs keys."""
     port: int = Field(default=8000, ge=1, le=65535)

@@ -2,8 +2,10 @@
 
 import contextlib
 import signal
+import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -24,45 +26,72 @@ QUESTIONS = (
 """For the embedded default: of two domains, and of neither."""
 _MIXTURE, _BASE = "moie", "base"
 """Models that every service has."""
-_SERVE = Path(__file__).parents[2] / "jobs" / "serve.py"
-_PORT = 8123
+_START_S = 300.0
+_STOP_S = 60.0
 _TIMEOUT_S = 120.0
+"""Of one answer."""
 _NUM_REASONS = 3
 
 
 def try_out(
-    registry: ExpertRegistry, router: str, questions: Sequence[str] = QUESTIONS
+    registry: ExpertRegistry, router: str, jobs: Path, questions: Sequence[str] = QUESTIONS
 ) -> Iterator[str]:
     """Fit a router over the embedded model's experts, serve them, and yield what is answered.
+
+    Args:
+        registry: where the experts are.
+        router: where the router goes.
+        jobs: the folder of the jobs, of which serve.py serves them.
+        questions: what is asked.
 
     Raises:
         WorkError: the service does not start.
     """
-    gather(registry, lm=EMBEDDED, sae=EMBEDDED).save(router, EMBEDDED, EMBEDDED)
-    with service(f"--registry={registry.path}", f"--router={router}", f"--port={_PORT}") as url:
+    fitted, _ = gather(registry, lm=EMBEDDED, sae=EMBEDDED)
+    fitted.save(router, EMBEDDED, EMBEDDED)
+    with service(jobs / "serve.py", f"--registry={registry.path}", f"--router={router}") as url:
         yield from ask(url, questions)
 
 
 @contextlib.contextmanager
-def service(*flags: str) -> Iterator[str]:
-    """Run `jobs/serve.py` while the block lasts, and give its URL.
+def service(job: Path, *flags: str) -> Iterator[str]:
+    """Run a job that takes `--port` and prints where it serves, while the block lasts.
 
     Raises:
-        WorkError: it ends before it serves.
+        WorkError: it ends before it serves, or takes too long to.
     """
-    command = [sys.executable, str(_SERVE), *flags]
+    command = [sys.executable, str(job), *flags, f"--port={_free_port()}"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
+        late = threading.Timer(_START_S, process.kill)
+        late.start()
         try:
-            for line in process.stdout:
-                if line.startswith("serving at "):
-                    yield line.split()[-1]
-                    return
-            raise WorkError(
-                f"the service did not start ({' '.join(command[1:])}): its own words are above"
-            )
+            url = _address(process)
+            if url is None:
+                why = "ended" if late.is_alive() else f"was not there after {_START_S:g} s"
+                raise WorkError(
+                    f"the service {why} ({' '.join(command[1:])}): its own words are above"
+                )
+            late.cancel()
+            yield url
         finally:
+            late.cancel()
             process.send_signal(signal.SIGINT)  # of the other one Ray says that it was received
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(_STOP_S)
+            process.kill()
+
+
+def _address(process: subprocess.Popen[str]) -> str | None:
+    """Return where a service says that it serves; None where it ends before."""
+    assert process.stdout is not None
+    found = (line.split()[-1] for line in process.stdout if line.startswith("serving at "))
+    return next(found, None)
+
+
+def _free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
 
 
 def ask(url: str, questions: Sequence[str], *, max_tokens: int = 24) -> Iterator[str]:

@@ -1,4 +1,6 @@
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -71,7 +73,9 @@ def test_a_registry_becomes_a_router_that_tells_its_experts_apart(
     shown = capsys.readouterr().out
     assert "a zero_shot router over 2 experts" in shown
     assert "What [bold]velan[/bold]" in shown
+    assert "of 12 stay" in shown  # 60 rows talk of nothing: a fifth of them was held out
     router = Router.load(str(out))
+    assert len(router.background) == 48
     ids = {one.card.name: one.id for one in ExpertRegistry(registry).active()}
     assert sorted(one.id for one in router.experts) == sorted(ids.values())
     for name, id in ids.items():
@@ -92,7 +96,7 @@ def test_without_a_background_the_embedded_pool_stands_in(
 ) -> None:
     out = tmp_path / "router"
     assert run(f"--registry={registry}", f"--out={out}", "--num_background=300") == 0
-    capsys.readouterr()
+    assert "of 75 stay" in capsys.readouterr().out  # a quarter more than was fitted on
     router = Router.load(str(out))
     assert len(router.background) < 300  # what is like velan or order was set aside
     ids = {one.name: one.id for one in router.experts}
@@ -109,3 +113,21 @@ def test_a_registry_without_experts_in_use_is_refused(
     assert run(*line, "--lm=embedded") == 2
     assert "no expert to route to" in capsys.readouterr().err
     assert not (tmp_path / "router").exists()
+
+
+def test_a_model_of_ones_own_needs_a_background_of_ones_own(
+    registry: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    tiny_lm_of: Callable[[str], Path],
+) -> None:
+    lm = tiny_lm_of("llama")
+    line = [f"--registry={registry}", f"--out={tmp_path / 'router'}", f"--lm={lm}"]
+    assert run(*line, "--sae=embedded") == 2
+    said = capsys.readouterr().err
+    assert "--background is missing" in said
+    assert str(lm) in said
+    # A copy of the embedded model is the embedded model.
+    copy = shutil.copytree(tiny.lm_path(), tmp_path / "copy")
+    line[2] = f"--lm={copy}"
+    assert run(*line, "--sae=embedded", "--num_background=100") == 0

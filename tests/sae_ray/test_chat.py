@@ -1,6 +1,6 @@
 """What of a rendered chat somebody said, for the templates that models come with."""
 
-from itertools import groupby
+import itertools
 
 import numpy as np
 import pytest
@@ -94,7 +94,7 @@ def said(chat: ChatTokenizer, one: Conversation) -> list[tuple[str, bool]]:
     """Return the text of each run of content tokens, and whether the assistant said it."""
     tokens = tokens_of(chat, one)
     marked = zip(chat.texts(one, tokens), tokens.kinds, tokens.response, strict=True)
-    runs = groupby(marked, key=lambda token: (token[1] == Kind.CONTENT, bool(token[2])))
+    runs = itertools.groupby(marked, key=lambda token: (token[1] == Kind.CONTENT, bool(token[2])))
     return [
         ("".join(text for text, *_ in run), response)
         for (content, response), run in runs
@@ -105,7 +105,7 @@ def said(chat: ChatTokenizer, one: Conversation) -> list[tuple[str, bool]]:
 def role_words(chat: ChatTokenizer, one: Conversation) -> list[str]:
     tokens = tokens_of(chat, one)
     marked = zip(chat.texts(one, tokens), tokens.kinds == Kind.ROLE, strict=True)
-    runs = groupby(marked, key=lambda token: token[1])
+    runs = itertools.groupby(marked, key=lambda token: token[1])
     return ["".join(text for text, _ in run) for is_role, run in runs if is_role]
 
 
@@ -308,3 +308,18 @@ def test_a_batch_gives_what_its_rows_give_alone():
         alone = tokens_of(chat, one, 30)
         for field in ("ids", "kinds", "response", "ends"):
             np.testing.assert_array_equal(getattr(tokens, field), getattr(alone, field))
+
+
+def test_patterns_of_roles_are_kept_in_bounds(tiny_lm: Path) -> None:
+    chat = ChatTokenizer.load(tiny_lm)
+    roles = itertools.product(("user", "assistant"), repeat=8)
+    rows = [
+        Conversation("", [Message(role=role, content=f"said {i}") for i, role in enumerate(one)])
+        for one in roles
+    ]
+    once = chat.tokenize(rows, 1000)
+    assert len(chat._frames) <= 64
+    again = chat.tokenize(rows, 1000)
+    assert all(isinstance(one, Tokens) for one in once)
+    for a, b in zip(once, again, strict=True):
+        assert np.array_equal(a.kinds, b.kinds)  # pyright: ignore

@@ -10,7 +10,7 @@ from starlette.testclient import TestClient
 
 from sae_ray.adapters.attach import AdapterSpec
 from sae_ray.experts.registry import ExpertRegistry
-from serve.deployments import EngineReplica
+from serve.deployments import EngineReplica, RouterReplica
 from serve.gateway import Backends, Gateway
 from serve.keys import Keys
 from serve.meters import Meters
@@ -39,10 +39,12 @@ class KeywordRouter:
 
     def __init__(self, ids: Mapping[str, str]) -> None:
         self.ids = ids
+        self.asked = 0
 
     async def route(
         self, messages: Sequence[Mapping[str, str]], previous: str | None, top_k: int
     ) -> KeywordRoute:
+        self.asked += 1
         await asyncio.sleep(0)
         said = messages[-1]["content"]
         found = [id for name, id in self.ids.items() if name in said]
@@ -82,7 +84,7 @@ def served_registry(
 def client_of(
     replica: EngineReplica,
     *,
-    router: KeywordRouter | None,
+    router: KeywordRouter | RouterReplica | None,
     keys: Keys | None = None,
     limits: HttpLimits | None = None,
     timeout_s: float = 30,
@@ -96,8 +98,9 @@ def client_of(
         route=router and router.route,  # pyright: ignore
     )
     gateway = Gateway(backends, meters, timeout_s=timeout_s)
-    ingress = Ingress(gateway, keys or Keys(None), limits or HttpLimits(), meters)
-    return TestClient(create_app(ingress), raise_server_exceptions=False)
+    ingress = Ingress(gateway, keys or Keys(), limits or HttpLimits(), meters)
+    app = create_app(ingress)
+    return TestClient(app, "http://127.0.0.1", raise_server_exceptions=False)
 
 
 @pytest.fixture(scope="session")
@@ -105,7 +108,7 @@ def service(served_registry: str, tiny_lm_of: Callable[[str], Path]) -> Iterator
     """An engine of four rows, a router by keywords, and a client."""
     limits = {"max_rows": 4, "max_waiting": 4, "prefill_tokens": 512, "adapter_memory_mb": 10.0}
     lm = str(tiny_lm_of("llama"))
-    replica = EngineReplica(lm, served_registry, limits, "float32", "cpu", 0.2)
+    replica = EngineReplica(lm, served_registry, limits, "float32", "cpu", 0.2, 1)
     ids = asyncio.run(replica.experts())
     with client_of(replica, router=KeywordRouter(ids)) as client:
         yield Service(replica, client, ids)

@@ -1,17 +1,27 @@
+import asyncio
 import concurrent.futures
+import contextlib
 import json
+import logging
 import time
 from pathlib import Path
 from typing import Any
 
+import openai
 import pytest
+import starlette.requests
+from ray.exceptions import RayActorError, RayTaskError
 
+from sae_ray.errors import RegistryError
+from sae_ray.experts.answers import Ask, Sampling, Ticket
+from serve.gateway import Question, told
 from serve.keys import Keys, add_key
 from serve.routes import HttpLimits
 from tests.serve.conftest import KeywordRouter, Service, client_of
 
 HELLO = [{"role": "user", "content": "Write a query"}]
 CHAT = "/v1/chat/completions"
+JSON = {"content-type": "application/json"}
 
 
 def body(**more: object) -> dict[str, Any]:
@@ -203,7 +213,7 @@ RAW = {
 @pytest.mark.parametrize("case", RAW)
 @pytest.mark.parametrize("path", [CHAT, "/v1/completions", "/v1/route"])
 def test_bodies_that_cannot_be_read_are_refused(service: Service, case: str, path: str) -> None:
-    response = service.client.post(path, content=RAW[case])
+    response = service.client.post(path, content=RAW[case], headers=JSON)
     expect_error(response, 400)
     assert len(response.text) < 1000
 
@@ -245,14 +255,14 @@ def test_other_addresses_and_methods_are_refused_as_openai_does(service: Service
 
 
 def test_bodies_too_large_are_refused_before_they_are_read(service: Service) -> None:
-    response = service.client.post(CHAT, content=b"x" * 10_000_000)
+    response = service.client.post(CHAT, content=b"x" * 10_000_000, headers=JSON)
     expect_error(response, 413, "1,048,576 bytes")
 
     def unannounced():
         for _ in range(100):
             yield b"x" * 100_000
 
-    expect_error(service.client.post(CHAT, content=unannounced()), 413)
+    expect_error(service.client.post(CHAT, content=unannounced(), headers=JSON), 413)
 
 
 def test_keys_are_asked_for_and_kept_as_hashes(service: Service, tmp_path: Path) -> None:
@@ -260,7 +270,7 @@ def test_keys_are_asked_for_and_kept_as_hashes(service: Service, tmp_path: Path)
     key, other = add_key(str(path), "laptop"), add_key(str(path), "phone")
     assert key not in path.read_text()
     assert path.stat().st_mode & 0o077 == 0
-    keys = Keys.load(str(path))
+    keys = Keys(str(path))
     with client_of(service.replica, router=None, keys=keys) as client:
         for given in (None, "Bearer", "Bearer wrong", f"Basic {key}", f"Bearer {key}x", "Bearer é"):
             headers = {} if given is None else {"authorization": given.encode("latin-1")}
@@ -270,6 +280,81 @@ def test_keys_are_asked_for_and_kept_as_hashes(service: Service, tmp_path: Path)
             headers = {"authorization": f"Bearer {one}"}
             assert client.post(CHAT, json=body(), headers=headers).status_code == 200
         assert client.get("/healthz").status_code == 200
+        # Who is taken out of the file is let in no more, and who is put in is, at once.
+        lines = path.read_text().splitlines(keepends=True)
+        path.write_text(lines[0])
+        new = add_key(str(path), "tablet")
+
+        def status(given: str) -> int:
+            headers = {"authorization": f"Bearer {given}"}
+            return client.get("/v1/models", headers=headers).status_code
+
+        assert [status(one) for one in (key, other, new)] == [200, 401, 200]
+        for content in ("nobody\n", ""):
+            path.write_text(content)
+            assert status(key) == 401
+        path.unlink()
+        assert status(key) == 401
+        path.write_text(lines[1])
+        assert [status(one) for one in (key, other)] == [401, 200]
+
+
+def test_without_keys_other_machines_names_and_forms_of_web_pages_are_refused(
+    service: Service,
+) -> None:
+    for host in ("localhost:8000", "127.0.0.1", "127.0.0.9:1", "[::1]:8000"):
+        assert service.client.get("/v1/models", headers={"host": host}).status_code == 200
+    for host in ("evil.example:8000", "127.0.0.1.evil.example", "0.0.0.0", "[", ""):
+        for path in ("/v1/models", "/", "/ui/page.js"):
+            expect_error(service.client.get(path, headers={"host": host}), 421, "its own machine")
+    content = json.dumps(body(max_tokens=1)).encode()
+    for kind in (None, "text/plain", "application/x-www-form-urlencoded", "multipart/form-data"):
+        headers = {} if kind is None else {"content-type": kind}
+        expect_error(service.client.post(CHAT, content=content, headers=headers), 415, "JSON")
+    headers = {"content-type": "Application/JSON; charset=utf-8"}
+    assert service.client.post(CHAT, content=content, headers=headers).status_code == 200
+
+
+def test_with_keys_it_is_asked_by_any_name(service: Service, tmp_path: Path) -> None:
+    key = add_key(str(tmp_path / "keys"), "laptop")
+    headers = {"authorization": f"Bearer {key}", "host": "moie.example"}
+    with client_of(service.replica, router=None, keys=Keys(str(tmp_path / "keys"))) as client:
+        assert client.get("/v1/models", headers=headers).status_code == 200
+
+
+def test_an_answer_is_sent_back_with_the_next_question_as_openais_client_does(
+    service: Service,
+) -> None:
+    client = openai.OpenAI(
+        base_url="http://127.0.0.1/v1",
+        api_key="none",
+        max_retries=0,
+        http_client=service.client,  # pyright: ignore[reportArgumentType]
+    )
+    messages: list[Any] = [{"role": "user", "content": "Write a query"}]
+    first = client.chat.completions.create(model="sums", messages=messages, max_tokens=3)
+    messages += [first.choices[0].message, {"role": "user", "content": "And another"}]
+    again = client.chat.completions.create(
+        model="sums",
+        messages=messages,
+        max_tokens=3,
+        tools=None,  # pyright: ignore[reportArgumentType]
+        response_format={"type": "text"},
+        extra_body={"tool_choice": None, "functions": None, "modalities": ["text"]},
+    )
+    assert again.usage is not None
+    assert first.usage is not None
+    assert again.usage.prompt_tokens > first.usage.prompt_tokens
+    # What other servers' messages hold beside, though there is nothing in it.
+    empty = {"refusal": "", "annotations": [], "tool_calls": [], "function_call": None}
+    beside: list[Any] = [
+        {"role": "assistant", "content": "x", "audio": None, **empty},
+        {"role": "user", "content": "y"},
+    ]
+    client.chat.completions.create(model="sums", messages=beside, max_tokens=1)
+    for something in ({"tool_calls": [{"id": "1"}]}, {"refusal": "no"}, {"audio": {"id": "1"}}):
+        said = [{"role": "assistant", "content": "x", **something}, *HELLO]
+        expect_error(service.client.post(CHAT, json=body(messages=said)), 400)
 
 
 def test_without_a_router_nobody_can_ask_the_mixture(service: Service) -> None:
@@ -300,11 +385,21 @@ def test_too_many_requests_in_progress_and_too_slow_ones_are_refused(service: Se
         response = client.post(CHAT, json=body())
         expect_error(response, 429, "in progress")
         assert response.headers["retry-after"] == "1"
+    # It is refused before its body is read, and before anybody routes it.
+    router = KeywordRouter({})
+    with client_of(service.replica, router=router, limits=HttpLimits(max_ongoing=0)) as client:
+        expect_error(client.post(CHAT, content=b"{", headers=JSON), 429, "in progress")
+        expect_error(client.post(CHAT, json=body(model="moie")), 429, "in progress")
+    assert not router.asked
     with client_of(service.replica, router=None, timeout_s=0.05) as client:
         expect_error(client.post(CHAT, json=body(max_tokens=450)), 504, "0.05 s")
         streamed = client.post(CHAT, json=body(max_tokens=450, stream=True))
         assert '"server_error"' in streamed.text
         assert "[DONE]" not in streamed.text
+    wait_until_idle(service)
+
+
+def wait_until_idle(service: Service) -> None:
     for _ in range(1200):
         if not service.replica._engine.load.rows:
             return
@@ -330,9 +425,127 @@ def test_readiness_asks_the_engine(service: Service) -> None:
     assert service.client.get("/readyz").json() == {"status": "ready"}
 
 
-def test_routes_are_those_of_whoever_decides(service: Service) -> None:
-    router = KeywordRouter({"sums": "0" * 16})
+def test_the_base_answers_for_whom_the_router_names_and_nobody_can_ask(service: Service) -> None:
+    gone = "0" * 16
+    router = KeywordRouter({"sums": gone, "rivers": service.ids["rivers"]})
     with client_of(service.replica, router=router) as client:
-        asked = body(model="moie", messages=[{"role": "user", "content": "sums"}])
-        # A router that names somebody who is not there: said so, and nobody else answers.
-        expect_error(client.post(CHAT, json=asked), 503, "cannot be loaded")
+        messages = [{"role": "user", "content": "sums"}]
+        told = client.post(CHAT, json=body(model="moie", messages=messages))
+        assert told.headers["x-moie-route"] == "base"
+        route = {"experts": [], "chosen_by": "router", "abstained": True, "reasons": []}
+        assert told.json()["route"] == route | {"scores": {"rivers": 0.0}}
+        both = [{"role": "user", "content": "sums and rivers"}]
+        asked = body(model="moie", messages=both, moie={"top_k": 2})
+        (one,) = client.post(CHAT, json=asked).json()["route"]["experts"]
+        assert one == {"id": service.ids["rivers"], "name": "rivers", "weight": 1.0}
+
+
+def test_a_stream_whose_client_is_gone_before_it_begins_leaves_its_place(service: Service) -> None:
+    with client_of(service.replica, router=None, limits=HttpLimits(max_ongoing=1)) as client:
+        content = json.dumps(body(max_tokens=400, stream=True)).encode()
+        scope = {
+            "type": "http",
+            "asgi": {"version": "3.0", "spec_version": "2.4"},
+            "http_version": "1.1",
+            "method": "POST",
+            "path": CHAT,
+            "raw_path": CHAT.encode(),
+            "query_string": b"",
+            "headers": [(b"host", b"127.0.0.1"), (b"content-type", b"application/json")],
+        }
+
+        async def receive() -> dict[str, Any]:
+            return {"type": "http.request", "body": content, "more_body": False}
+
+        async def send(_message: Any) -> None:
+            raise OSError("the client is gone")
+
+        with contextlib.suppress(OSError, ExceptionGroup, starlette.requests.ClientDisconnect):
+            asyncio.run(client.app(scope, receive, send))  # pyright: ignore
+        assert client.post(CHAT, json=body(max_tokens=1)).status_code == 200
+    wait_until_idle(service)
+
+
+def test_who_goes_while_a_ticket_is_handed_over_is_not_answered(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tickets: list[Ticket] = []
+    submit = service.replica._engine.submit
+
+    def kept(ask: Ask, hand_over: Any) -> Ticket:
+        tickets.append(submit(ask, hand_over))
+        return tickets[-1]
+
+    async def cancelled_as_it_comes(function: Any) -> None:
+        function()
+        raise asyncio.CancelledError
+
+    monkeypatch.setattr(service.replica._engine, "submit", kept)
+    monkeypatch.setattr(asyncio, "to_thread", cancelled_as_it_comes)
+    question = Question("Write a query", (), (), Sampling(max_tokens=400))
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(service.replica.answer(question))
+    (ticket,) = tickets
+    assert ticket.cancelled
+    wait_until_idle(service)
+
+
+def test_logprobs_are_those_of_the_text_that_is_told(service: Service) -> None:
+    asked = {"model": "base", "prompt": "Write a query", "temperature": 0, "logprobs": 1}
+    whole = service.client.post("/v1/completions", json=asked | {"max_tokens": 40}).json()
+    (choice,) = whole["choices"]
+    # A stop string in the middle of what is said, longer than a token.
+    stop = choice["text"][12:17]
+    cut = choice["text"].index(stop)
+    asked |= {"max_tokens": 40, "stop": [stop]}
+    (stopped,) = service.client.post("/v1/completions", json=asked).json()["choices"]
+    assert stopped["text"] == choice["text"][:cut]
+    for one in (choice, stopped):
+        given = one["logprobs"]
+        assert len(given["text_offset"]) == len(given["tokens"]) == len(given["token_logprobs"])
+        assert given["text_offset"] == sorted(given["text_offset"])
+        assert 0 < len(given["tokens"]) <= 40
+        for token, at in zip(given["tokens"], given["text_offset"], strict=True):
+            assert at <= len(one["text"])
+            if token.isascii() and at + len(token) <= len(one["text"]):
+                assert one["text"][at:].startswith(token)
+    assert all(at < cut for at in stopped["logprobs"]["text_offset"])
+    assert len(choice["logprobs"]["tokens"]) == 40
+    streamed = service.client.post("/v1/completions", json=asked | {"stream": True})
+    parts = [one["choices"][0]["logprobs"] or {"text_offset": []} for one in events(streamed.text)]
+    joined = [at for part in parts for at in part["text_offset"]]
+    assert joined == stopped["logprobs"]["text_offset"]
+
+
+def test_a_token_that_is_part_of_a_character_has_no_bytes_of_its_own(service: Service) -> None:
+    asked = body(model="base", max_tokens=60, logprobs=True, temperature=2, seed=1)
+    content = service.client.post(CHAT, json=asked).json()["choices"][0]["logprobs"]["content"]
+    partial = [one for one in content if "\ufffd" in one["token"]]
+    assert partial
+    assert all(one["bytes"] is None for one in partial)
+    assert all(
+        bytes(one["bytes"]).decode() == one["token"] for one in content if one not in partial
+    )
+
+
+def test_what_went_wrong_is_logged_by_its_kind_alone(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("DEBUG", logger="serve.gateway")
+    secret = "/home/somebody/experts"
+    failed = told(RegistryError(f"{secret}/x is missing: restore it"), 1)
+    assert failed.status == 503
+    cause = ZeroDivisionError(secret)
+    mistaken = told(RayTaskError("answer", f"Traceback: {secret}", cause), 1)
+    assert mistaken.status == 500
+    lost = told(RayActorError(), 1)
+    assert lost.status == 503
+    logged = [one for one in caplog.records if one.levelno >= logging.INFO]
+    kinds = ("RegistryError", "ZeroDivisionError", "RayActorError")
+    for error, kind, record in zip((failed, mistaken, lost), kinds, logged, strict=True):
+        assert secret not in error.message
+        text = logging.Formatter().format(record)
+        assert secret not in text
+        assert text.endswith(f"failed: {kind}")
+    for error, record in zip((failed, mistaken), logged, strict=False):
+        assert error.message.split("(request ")[1][:12] in record.getMessage()
+    details = [one for one in caplog.records if one.levelno == logging.DEBUG]
+    assert secret in logging.Formatter().format(details[0])

@@ -10,14 +10,18 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
+from ray import serve
+from ray.serve.config import HTTPOptions
 
 from sae_ray.adapters.attach import AdapterSpec
 from sae_ray.config import run_job
 from sae_ray.errors import ConfigError
 from sae_ray.experts.registry import ExpertRegistry
 from sae_ray.experts.settings import ServeSettings
+from serve.app import build
+from serve.hosts import require_keys_beyond_loopback
 from serve.keys import add_key
-from serve.running import require_keys_beyond_loopback
+from serve.running import running
 from tests.made_experts import add_expert
 
 ROOT = Path(__file__).parents[2]
@@ -110,7 +114,7 @@ def test_openais_client_knows_the_errors(
 
 
 def test_bad_bodies_never_make_a_500_nor_hold_a_place(served: tuple[str, str, str]) -> None:
-    headers = {"authorization": f"Bearer {served[1]}"}
+    headers = {"authorization": f"Bearer {served[1]}", "content-type": "application/json"}
     with httpx.Client(base_url=served[0], headers=headers, timeout=30) as client:
         for content in (b"", b"{", b"[" * 100_000, b"\x00", b"x" * 10_000_000):
             response = client.post("/chat/completions", content=content)
@@ -176,3 +180,39 @@ def test_beyond_loopback_keys_are_a_must(capsys: pytest.CaptureFixture[str]) -> 
 
     assert run_job(main, ServeSettings, ["--host=0.0.0.0"]) == 2
     assert "--keys" in capsys.readouterr().err
+
+
+@serve.deployment(ray_actor_options={"num_cpus": 0})
+class Another:
+    def __call__(self) -> str:
+        return "still here"
+
+
+def test_what_others_serve_stays_and_their_address_is_heeded(
+    ray_cluster: None, tmp_path: Path, tiny_lm_of: Callable[[str], Path]
+) -> None:
+    port, lm = free_port(), str(tiny_lm_of("llama"))
+    serve.start(http_options=HTTPOptions(host="0.0.0.0", port=port))
+    try:
+        another = serve.run(Another.bind(), name="another", route_prefix="/another")  # pyright: ignore
+        add_key(str(tmp_path / "keys"), "test")
+        keys = str(tmp_path / "keys")
+        # Serve listens beyond loopback already, whatever is asked for here.
+        for settings in (ServeSettings(lm=lm), ServeSettings(lm=lm, host="0.0.0.0", port=port)):
+            with pytest.raises(ConfigError, match="everyone may ask"), running(settings):
+                pass
+        with pytest.raises(ConfigError, match="everyone may ask"):
+            build(ServeSettings(lm=lm))
+        elsewhere = ServeSettings(lm=lm, keys=keys, host="127.0.0.1", port=port)
+        with pytest.raises(ConfigError, match=f"Serve listens at 0.0.0.0:{port}"):
+            build(elsewhere)
+        with running(ServeSettings(lm=lm, keys=keys)) as url:
+            assert url == f"http://0.0.0.0:{port}"
+            at = f"http://127.0.0.1:{port}"
+            assert httpx.get(f"{at}/healthz").json() == {"status": "ok"}
+            with pytest.raises(ConfigError, match="serves an application 'moie' already"):
+                running(ServeSettings(lm=lm, keys=keys)).__enter__()
+        assert set(serve.status().applications) == {"another"}
+        assert another.remote().result(timeout_s=60) == "still here"
+    finally:
+        serve.shutdown()

@@ -298,11 +298,18 @@ def test_a_new_version_answers_from_the_next_request_on(
 
 
 def test_experts_that_cannot_share_the_batch_are_left_out_or_refused(
-    registry: ExpertRegistry, tiny_lm: Path, tiny_lm_of: Callable[[str], Path]
+    registry: ExpertRegistry,
+    tiny_lm: Path,
+    tiny_lm_of: Callable[[str], Path],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     add_expert(registry, "foreign", AdapterSpec(kind="lora", r=2), lm=str(tiny_lm_of("qwen2")))
-    engine = Engine(str(tiny_lm), registry.path)
+    with caplog.at_level("WARNING", logger="sae_ray.experts.engine"):
+        engine = Engine(str(tiny_lm), registry.path)
+        engine.refresh()
     assert set(engine.experts) == set(LORAS)
+    (said,) = [one.getMessage() for one in caplog.records if one.name == "sae_ray.experts.engine"]
+    assert said.startswith("left out: expert foreign was trained on another base")
     found = registry.find("small")
     card = found.card.model_copy(update={"adapter": "full", "name": "whole"})
     registry.register(card, f"{registry.path}/experts/{found.id}/adapter")

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from sae_ray.artifacts import Source
@@ -75,6 +76,9 @@ def test_prototypes_come_back_from_a_file_or_are_read_from_the_data_now(
     assert np.diff(block.indptr).max() == STRONGEST
     content = encode(eyes, block)
     assert len(content) < 30_000  # of 20 prompts: 1.3 kB each
+    (tmp_path / PROTOTYPES).write_bytes(content)
+    with safe_open(tmp_path / PROTOTYPES, "np") as opened:
+        assert opened.metadata()["dtype"] == eyes.scorer.config.dtype
 
     kept = registered(tmp_path / "kept", eyes, content, "/gone", eyes.lm)
     found = prototypes_of(kept, str(tmp_path / "kept/registry"), eyes)
