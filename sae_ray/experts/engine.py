@@ -352,10 +352,11 @@ class Engine:
         running.num_tokens += 1
         top = running.ticket.ask.sampling.top_logprobs
         ended = token in self._ends
-        if top is not None and not ended:
-            at = running.text.length
-            running.untold.append(told(logits, token, at, top, self._backend))  # pyright: ignore
+        before = running.text.length
         text = "" if ended else running.text.add(token)
+        if top is not None and not ended:
+            grown = before, running.text.length
+            running.untold.append(told(logits, token, grown, top, self._backend))  # pyright: ignore
         finish: Finish | None = "stop" if ended or running.text.stopped else None
         if finish is None and running.num_tokens >= running.max_tokens:
             finish = "length"

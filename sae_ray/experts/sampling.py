@@ -39,16 +39,30 @@ def choose(
 
 
 def told(
-    logits: Float[Tensor, " vocab"], chosen: int, offset: int, top: int, tokenizer: Tokenizer
+    logits: Float[Tensor, " vocab"],
+    chosen: int,
+    grown: tuple[int, int],
+    top: int,
+    tokenizer: Tokenizer,
 ) -> Token:
-    """Return a chosen token with its logarithmic probability and the likeliest ones beside it."""
+    """Return a chosen token with its logarithmic probability and the likeliest ones beside it.
+
+    Args:
+        logits: at its place.
+        chosen: the token.
+        grown: lengths of the answer's text before and after it, in characters.
+        top: how many of the likeliest are told.
+        tokenizer: what writes them.
+    """
+    text = _decode(tokenizer, chosen)
     logprobs = logits.float().log_softmax(-1)
     values, ids = logprobs.topk(min(top, len(logprobs)))
     pairs = zip(ids.tolist(), values.tolist(), strict=True)
     return Token(
-        text=_decode(tokenizer, chosen),
+        text=text,
         logprob=float(logprobs[chosen]),
-        offset=offset,
+        # The text may grow by what was half a character before, too: that comes first.
+        offset=max(grown[0], grown[1] - len(text)),
         top=tuple((_decode(tokenizer, id), value) for id, value in pairs),
     )
 
