@@ -12,7 +12,7 @@ from rich.table import Table
 
 from sae_ray.config import JobConfig, OutputPath, run_job
 
-BENCHMARKS = Path(__file__).parents[1] / "tests" / "benchmarks"
+BENCHMARKS = Path(__file__).parents[1] / "tests/benchmarks"
 QUICK = {
     "speed": "--rows 200 --tune_rows 32 --repeats 2",
     "overhead": "--rows 2000 --rows_per_shard 200 --repeats 1",
@@ -24,19 +24,19 @@ QUICK = {
     "fast_claim": "--steps 5 --batch_tokens 512 --seeds 2 --d_sae 128 --held_out 30",
     "finetune_speed": "--steps 6 --rounds 1 --latent_rounds 2",
     "finetune_effect": "--seeds 1 --domains order --rows 32 --held_out 16 --epochs 1",
+    "routing": "--rows 120 --divisions 1",
+    "serving": "--requests 4 --experts 2 --answer_tokens 8 --rounds 1",
+    "serving_load": "--seconds 5 --probe_seconds 5",
 }
-SUITES = dict(curate=[*QUICK][:6], train_sae=[*QUICK][6:8], finetune=[*QUICK][8:])
-UNUSED = ("fast_claim", "sae")
+SUITES = dict(curate=[*QUICK][:6], train_sae=[*QUICK][6:8], finetune=[*QUICK][8:10])
+SUITES["serve"] = [*QUICK][10:]
+TAKES = dict(fast_claim={"pool", "lm"}, serving={"lm"}, serving_load={"lm"})
 
 
 class Config(JobConfig):
-    """Measure curation, the training of SAEs, or the fine-tuning of experts.
+    """Measure curate, train_sae, finetune or serve, on a machine with nothing else to do.
 
     python jobs/bench.py curate --out runs/bench --parts speed,agreement
-    python jobs/bench.py train_sae --out runs/bench
-    python jobs/bench.py finetune --out runs/bench
-
-    Give the machine nothing else to do. The table shows every part measured into that folder.
     """
 
     parts: list[Literal[tuple(QUICK)]] = list(SUITES["curate"])  # pyright: ignore
@@ -55,22 +55,22 @@ class Config(JobConfig):
 
 def main(config: Config) -> int:
     """Run the parts one after the other and print their figures as one table."""
-    out, table = Path(config.out), Table("part", "figure", "value", "target", "")
-    failed, results = 0, {}
-    inputs = {"pool": config.pool, "lm": config.lm, "sae": config.sae}
+    out, failed, results = Path(config.out), 0, {}
+    table = Table("part", "figure", "value", "target", "")
     for part in config.parts:
-        command = [sys.executable, str(BENCHMARKS / f"{part}.py"), f"--out={out / part}.json"]
-        command += [f"--{n}={one}" for n, one in inputs.items() if one and (part, n) != UNUSED]
-        command += [f"--work={out / 'work'}"] * (part in ("memory", "retarget", "quality"))
-        command += QUICK[part].split() if config.quick else []
+        command = [sys.executable, f"{BENCHMARKS}/{part}.py", f"--out={out}/{part}.json"]
+        given = config.model_dump(include=TAKES.get(part, {"pool", "lm", "sae"}), exclude_none=True)
+        command += [f"--{name}={one}" for name, one in given.items()]
+        command += [f"--work={out}/work"] * (part in ("memory", "retarget", "quality"))
+        command += QUICK[part].split() * config.quick
         failed += subprocess.run(command, check=False).returncode != 0
     for part in (name for name in QUICK if (out / f"{name}.json").exists()):
-        results[part] = report = json.loads((out / f"{part}.json").read_text())
-        for row in report["rows"]:
+        results[part] = json.loads((out / f"{part}.json").read_text())
+        for row in results[part]["rows"]:
             table.add_row(part, *row)
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     Console().print(table)
-    return 1 if failed else 0
+    return min(failed, 1)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from ray.serve import Application
 from ray.serve.config import AutoscalingConfig
 
 from sae_ray.experts.agreement import agreed
+from sae_ray.experts.answers import Limits
 from sae_ray.experts.settings import ServeSettings
 from serve.deployments import EngineReplica, IngressReplica, RouterReplica
 from serve.hosts import require_address
@@ -61,9 +62,7 @@ def _engine(settings: ServeSettings) -> Application:
     ).bind(  # pyright: ignore
         settings.lm,
         settings.registry,
-        settings.model_dump(
-            include={"max_rows", "max_waiting", "prefill_tokens", "adapter_memory_mb"}
-        ),
+        settings.model_dump(include=set(Limits.__dataclass_fields__)),
         settings.dtype,
         settings.device,
         settings.reload_s,

@@ -113,11 +113,11 @@ class EngineReplica:
     def _submit(self, question: Question, hand_over: Any) -> Ticket:
         match question.prompt:
             case str() as text:
-                ids = self._engine.prompt_text(text)
+                ids = self._engine.prompts.of_text(text)
             case [int(), *_] as given:
-                ids = self._engine.require_tokens(given)  # pyright: ignore[reportArgumentType]
+                ids = self._engine.prompts.of_tokens(given)  # pyright: ignore[reportArgumentType]
             case messages:
-                ids = self._engine.prompt(messages)  # pyright: ignore[reportArgumentType]
+                ids = self._engine.prompts.of_messages(messages)  # pyright: ignore[reportArgumentType]
         ask = Ask(ids, question.experts, question.weights, question.sampling)
         return self._engine.submit(ask, hand_over)
 

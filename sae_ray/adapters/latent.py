@@ -121,15 +121,22 @@ class LatentLayer(nn.Module, BaseTunerLayer):
         ]
         if self.disable_adapters or not names:
             return x
-        changes = [self.latent_edit[name](x, self._mask(name, x)) for name in names]
+        if self.rows is not None:
+            return self._by_row(x, names, self.rows)
+        masks = [self.positions.mask(self.where[name]) for name in names]
+        changes = [self.latent_edit[name](x, mask) for name, mask in zip(names, masks, strict=True)]
         return x + functools.reduce(torch.add, changes).to(x.dtype)
 
-    def _mask(self, name: str, x: Tensor) -> Tensor | None:
-        mask = self.positions.mask(self.where[name])
-        if self.rows is None:
-            return mask
-        mine = torch.tensor([row == name for row in self.rows], device=x.device).unsqueeze(1)
-        return mine.expand(x.shape[:2]) if mask is None else mask & mine
+    def _by_row(self, x: Tensor, names: Sequence[str], rows: Sequence[str]) -> Tensor:
+        """Let each adapter see and change its own rows alone."""
+        edited = x.clone()
+        for name in names:
+            mine = torch.tensor([i for i, row in enumerate(rows) if row == name], device=x.device)
+            mask = self.positions.mask(self.where[name])
+            own = x[mine]
+            change = self.latent_edit[name](own, None if mask is None else mask[mine])
+            edited[mine] = own + change.to(x.dtype)
+        return edited
 
     def edit_output(self, _module: nn.Module, _args: object, output: Tensor | tuple) -> Any:
         """Edit what a module gives: a tensor, or the first of a tuple."""

@@ -5,9 +5,9 @@ import threading
 from collections.abc import Callable
 from typing import Literal
 
-Finish = Literal["stop", "length", "cancelled"]
-"""Why an answer ends: the model or a stop string ended it, it is as long as allowed, or nobody
-waits for it any more."""
+Finish = Literal["stop", "length", "cancelled", "failed"]
+"""Why an answer ends: the model or a stop string ended it, it is as long as allowed, nobody waits
+for it any more or the engine stopped, or its own expert gave no numbers to choose a token by."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,9 +93,12 @@ class Limits:
     max_waiting: int = 64
     """Requests that may wait for a place in it."""
     prefill_tokens: int = 2048
-    """Tokens of prompts, padding included, that are read between two steps of the others."""
+    """Tokens of prompts, padding included, that are read between two steps of the others, where
+    more than one prompt waits."""
     adapter_memory_mb: float = 2048.0
     """What all experts in memory may take."""
+    kv_memory_mb: float = 4096.0
+    """What the keys and values of all rows may take: a row that would go beyond waits again."""
 
 
 @dataclasses.dataclass(frozen=True)

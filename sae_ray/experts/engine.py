@@ -1,9 +1,12 @@
 """Engine: one base model that answers through many experts in one batch.
 
-Every step, requests that wait join the batch (their prompts are read together, right-padded), all
-rows grow by a token, and who is done leaves: the last row takes its place. A row is one expert's
-view of one request; a request to two experts has two rows, whose logits are averaged and which both
-go on with the token that was chosen.
+Every step, requests that wait join the batch (their prompts are read together), all rows grow by a
+token, and who is done leaves. A request to two experts has two rows, whose logits are averaged and
+which both go on with the token that was chosen. Where keys and values would outgrow their memory,
+who came last waits again, and is read anew with what it has of its answer.
+
+A request that the model cannot be run on ends alone, and the others go on. An engine whose model
+cannot be run at all any more stops, so that another may take its place.
 
 The engine is plain Python: any thread may submit and cancel, one thread calls `step`, or `run`.
 Source: iteration-level scheduling as in Orca (OSDI 2022); factors by row as in S-LoRA (2311.03285).
@@ -15,6 +18,7 @@ import dataclasses
 import logging
 import random
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -22,18 +26,22 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae_ray.adapters.loading import load_causal
-from sae_ray.chat import ChatTokenizer, Conversation, Message, Tokens
+from sae_ray.chat import ChatTokenizer
 from sae_ray.curate.sources import EMBEDDED, fingerprint, locate_model
-from sae_ray.errors import BusyError, RequestError
+from sae_ray.errors import BusyError, ModelError, RequestError, WorkError
 from sae_ray.experts.answers import Ask, Finish, Limits, Load, Piece, Ticket, Token
+from sae_ray.experts.batch import Batch, Row
+from sae_ray.experts.prompts import Prompts
 from sae_ray.experts.registry import Expert, ExpertRegistry
-from sae_ray.experts.residents import NOBODY, Resident, Residents, require_servable
-from sae_ray.experts.row_cache import RowCache
-from sae_ray.experts.sampling import TextStream, choose, told
-from sae_ray.experts.stacked import StackedLora
-from sae_ray.lm import DTypeName
+from sae_ray.experts.residents import Resident, Residents, require_servable
+from sae_ray.experts.sampling import TextStream, choose
+from sae_ray.lm import FAMILIES, DTypeName
 
 logger = logging.getLogger(__name__)
+
+
+_FORWARD_ERRORS = (RuntimeError, ValueError, LookupError, TypeError, AssertionError)
+"""What the code of a model may raise; running out of a GPU's memory is among them."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -45,29 +53,17 @@ class _Running:
     max_tokens: int
     text: TextStream
     draw: random.Random
-    num_tokens: int = 0
-    untold: list[Token] = dataclasses.field(default_factory=list)
-    """Tokens whose text is not shown yet, where probabilities were asked for."""
+    answered: list[int] = dataclasses.field(default_factory=list)
+    rows: list[Row] = dataclasses.field(default_factory=list)
+    """In the batch; none while it waits."""
 
-    def due(self, *, at_end: bool) -> tuple[Token, ...]:
-        """Take the tokens whose text is shown; those that a stop string cut off never are."""
-        begun = [
-            at_end and not self.text.stopped or t.offset < self.text.shown for t in self.untold
-        ]
-        due, self.untold = self.untold[: sum(begun)], self.untold[sum(begun) :]
-        return tuple(due)
+    @property
+    def num_rows(self) -> int:
+        return max(1, len(self.residents))
 
-
-@dataclasses.dataclass(eq=False)
-class _Row:
-    """A row of the batch."""
-
-    running: _Running
-    resident: Resident | None
-    length: int
-    """Tokens whose keys and values are kept."""
-    next_id: int = 0
-    """The token to read next."""
+    @property
+    def length(self) -> int:
+        return len(self.ticket.ask.ids) + len(self.answered)
 
 
 class Engine:
@@ -102,21 +98,34 @@ class Engine:
         self.model = load_causal(path, dtype).eval().requires_grad_(False).to(device)  # pyright: ignore
         config = self.model.config.get_text_config()
         self.context = int(config.max_position_embeddings)
+        self.prompts = Prompts(self.chat, self.context, int(config.vocab_size))
         ends = self.model.generation_config and self.model.generation_config.eos_token_id
         ends = self.chat.tokenizer.eos_token_id if ends is None else ends
         self._ends = frozenset(ends if isinstance(ends, list) else [ends])
         self._registry = None if registry is None else ExpertRegistry(registry)
         self._base_sha256 = fingerprint("lm", lm or EMBEDDED)
         max_bytes = int(self.limits.adapter_memory_mb * 2**20)
-        self.residents = Residents(self.model, self._registry, max_bytes)
-        self._lora = StackedLora(self.model, self.limits.max_rows)
-        self._cache = RowCache(config, self.limits.max_rows)
-        self._rows: list[_Row] = []
+        self.residents = Residents(self.model, self._registry, max_bytes, self._require_mine)
+        self.batch = Batch(self.model, self.limits.max_rows, self.residents.latents)
+        try:
+            self._try_out()
+        except _FORWARD_ERRORS as error:
+            raise ModelError(
+                f"{path} cannot answer in batches ({type(error).__name__}: {error}): serve a model "
+                f"of a family that is known ({', '.join(sorted(FAMILIES))})"
+            ) from error
+        self._running: list[_Running] = []
+        """Who is in the batch, in the order in which they came."""
         self._waiting: collections.deque[_Running] = collections.deque()
+        self._queueing = threading.Lock()
         self._wake = threading.Event()
         self._tokens = 0
         self._left_out: set[str] = set()
         """Experts in use that cannot be asked, which was said once of each."""
+        self.stopped = False
+        """Whether it steps no more, and takes nothing on."""
+        self.stepped_at = time.monotonic()
+        """When it last ended a step, or found nothing to do."""
         self.experts: Mapping[str, Expert] = {}
         """The experts in use that can be asked, by name."""
         self.refresh()
@@ -143,41 +152,6 @@ class Engine:
                 "serve it with its own"
             )
 
-    def prompt(self, messages: Sequence[Message]) -> tuple[int, ...]:
-        """Return the tokens of a conversation that the assistant is to go on with.
-
-        Raises:
-            RequestError: the model's chat template refuses it.
-        """
-        conversation = Conversation("", list(messages))
-        longest = 4 * self.context + sum(len(one["content"]) for one in messages)
-        (tokens,) = self.chat.tokenize([conversation], longest, generation_prompt=True)
-        if not isinstance(tokens, Tokens):
-            raise RequestError(
-                "the model's chat template refuses these messages: let user and assistant take "
-                "turns, beginning with the user, after at most one system message",
-                param="messages",
-            )
-        return tuple(tokens.ids.tolist())
-
-    def prompt_text(self, text: str) -> tuple[int, ...]:
-        """Return the tokens of plain text that is to be gone on with."""
-        return tuple(self._backend.encode(text).ids)  # pyright: ignore
-
-    def require_tokens(self, ids: Sequence[int]) -> tuple[int, ...]:
-        """Return tokens that were given as such.
-
-        Raises:
-            RequestError: one of them is none of the model's.
-        """
-        size = self.model.config.get_text_config().vocab_size
-        if not all(0 <= id < size for id in ids):
-            raise RequestError(
-                f"the prompt holds a token that is none of 0 to {size - 1}: give the model's own",
-                param="prompt",
-            )
-        return tuple(ids)
-
     def submit(self, ask: Ask, hand_over: Callable[[Piece], None]) -> Ticket:
         """Let a request wait for its place; its pieces are handed over by the thread that steps.
 
@@ -185,12 +159,10 @@ class Engine:
             RequestError: it is longer than the context, or no such expert can be asked.
             BusyError: too many wait already, or there is no room for its expert now.
             RegistryError, ModelError: an expert's files are not what they should be.
+            WorkError: the engine has stopped.
         """
         max_tokens = self._max_tokens(ask)
-        if len(self._waiting) >= self.limits.max_waiting:
-            raise BusyError(
-                f"{self.limits.max_waiting} requests are waiting already: ask again in a moment"
-            )
+        self._require_place()  # before an expert is fetched for nothing
         ticket = Ticket(ask, hand_over)
         with contextlib.ExitStack() as undo:
             residents = []
@@ -199,35 +171,61 @@ class Engine:
                 undo.callback(self.residents.unpin, residents[-1])
             text = TextStream(self._backend, ask.sampling.stop)  # pyright: ignore
             draw = random.Random(ask.sampling.seed)
-            self._waiting.append(_Running(ticket, residents, max_tokens, text, draw))
+            with self._queueing:
+                self._require_place()
+                self._waiting.append(_Running(ticket, residents, max_tokens, text, draw))
             undo.pop_all()
         self._wake.set()
         return ticket
 
+    def _require_place(self) -> None:
+        if self.stopped:
+            raise WorkError("the engine has stopped: ask another one")
+        if len(self._waiting) >= self.limits.max_waiting:
+            raise BusyError(
+                f"{self.limits.max_waiting} requests are waiting already: ask again in a moment"
+            )
+
     def _max_tokens(self, ask: Ask) -> int:
         """Return how long an answer may get."""
-        most = self.context - len(ask.ids)
+        num_rows = max(1, len(ask.experts))
+        context = self._context_of(num_rows)
+        most = context - len(ask.ids)
         asked = ask.sampling.max_tokens
         if not ask.ids:
             raise RequestError("the prompt is empty: give at least one token", param="prompt")
+        if num_rows > self.limits.max_rows:
+            raise RequestError(f"{num_rows} experts are more than the batch holds")
         if most < (asked or 1):
             more = "" if asked is None else f" and {asked:,} more are asked for"
             raise RequestError(
                 f"the prompt has {len(ask.ids):,} tokens{more}, and the model's context is "
-                f"{self.context:,} tokens: shorten the prompt or lower max_tokens",
-                param="messages" if asked is None or len(ask.ids) >= self.context else "max_tokens",
+                f"{context:,} tokens here: shorten the prompt or lower max_tokens",
+                param="messages" if asked is None or len(ask.ids) >= context else "max_tokens",
                 code="context_length_exceeded",
             )
-        if len(ask.experts) > self.limits.max_rows:
-            raise RequestError(f"{len(ask.experts)} experts are more than the batch holds")
         return most if asked is None else asked
+
+    def _context_of(self, num_rows: int) -> int:
+        """Return how many tokens so many rows may have: as the model has it, and as memory does."""
+        context = self.context
+        while context > 1 and not self._fits(num_rows, context):
+            context = 1 << ((context - 1).bit_length() - 1)
+        return context
+
+    def _fits(self, num_rows: int, longest: int) -> bool:
+        most = self.limits.kv_memory_mb * 2**20
+        return self.batch.cache.bytes_for(num_rows, longest) <= most
 
     @property
     def load(self) -> Load:
         """Say what it is busy with."""
-        ids = self.residents.ids
-        waiting = len(self._waiting)
-        return Load(len(self._rows), waiting, self._tokens, len(ids), self.residents.num_bytes)
+        rows, waiting, num_bytes = (
+            len(self.batch.rows),
+            len(self._waiting),
+            self.residents.num_bytes,
+        )
+        return Load(rows, waiting, self._tokens, len(self.residents.ids), num_bytes)
 
     def run(self, stop: threading.Event) -> None:
         """Step until told to stop; who still waits then is told that there is no more to come."""
@@ -236,153 +234,162 @@ class Engine:
                 if not self.step():
                     self._wake.wait(0.1)
                     self._wake.clear()
+                elif self.residents.wanted.is_set():
+                    time.sleep(0.001)  # who loads an expert comes in between two steps
+                self.stepped_at = time.monotonic()
         finally:
-            with self.residents.lock:
-                for running in dict.fromkeys(
-                    [*(row.running for row in self._rows), *self._waiting]
-                ):
-                    self._end(running, "", (), "cancelled")
-                self._rows.clear()
+            with self._queueing:
+                self.stopped = True
+                left = [*self._running, *self._waiting]
                 self._waiting.clear()
+            for running in left:
+                self._end(running, "", (), "cancelled")
+            self._running.clear()
 
     @torch.inference_mode()
     def step(self) -> bool:
-        """Let who waits join and every row grow by a token; say whether there is more to do."""
+        """Let who waits join and every row grow by a token; say whether there is more to do.
+
+        Raises:
+            WorkError: the model cannot be run any more.
+        """
         with self.residents.lock:
             self._drop_cancelled()
-            first = len(self._rows)
             self._join()
-            if len(self._rows) > first:
-                self._read_prompts(first)
-            if self._rows:
+            if self._running:
                 self._grow()
-            return bool(self._rows or self._waiting)
+            return bool(self._running or self._waiting)
 
     def _drop_cancelled(self) -> None:
-        for running in dict.fromkeys(row.running for row in self._rows):
-            if running.ticket.cancelled:
-                self._leave(running)
-                self._end(running, "", (), "cancelled")
-        for _ in range(len(self._waiting)):
-            running = self._waiting.popleft()
-            if running.ticket.cancelled:
-                self._end(running, "", (), "cancelled")
-            else:
-                self._waiting.append(running)
+        for running in [one for one in self._running if one.ticket.cancelled]:
+            self._finish(running, "cancelled")
+        with self._queueing:
+            left = [one for one in self._waiting if one.ticket.cancelled]
+            for running in left:
+                self._waiting.remove(running)
+        for running in left:
+            self._end(running, "", (), "cancelled")
 
     def _join(self) -> None:
-        """Give rows to who waits, in turn, as far as there are any."""
-        first, longest = len(self._rows), 0
+        """Let who waits into the batch, in turn, as far as there is room."""
+        rows, longest, joining = 0, 0, list[_Running]()
+        held = len(self.batch.rows)
+        deepest = max((row.length for row in self.batch.rows), default=0)
         while self._waiting:
             running = self._waiting[0]
-            ids = running.ticket.ask.ids
-            num = max(1, len(running.residents))
-            longest = max(longest, len(ids))
-            padded = longest * (len(self._rows) + num - first)
-            too_long = len(self._rows) > first and padded > self.limits.prefill_tokens
-            if len(self._rows) + num > self.limits.max_rows or too_long:
-                return
-            self._waiting.popleft()
-            for resident in running.residents or [None]:
-                self._lora.put(len(self._rows), {} if resident is None else resident.factors)
-                self._rows.append(_Row(running, resident, len(ids)))
+            rows, longest = rows + running.num_rows, max(longest, running.length)
+            full = held + rows > self.limits.max_rows
+            full |= not self._fits(held + rows, max(deepest, longest) + 1)
+            if full or (joining and longest * rows > self.limits.prefill_tokens):
+                break
+            joining.append(self._waiting.popleft())
+        if joining:
+            self._read(joining)
 
-    def _read_prompts(self, first: int) -> None:
-        """Read the prompts of the rows from `first` on, and choose their first tokens."""
-        rows = self._rows[first:]
-        longest = max(row.length for row in rows)
-        device = self.model.device
-        ids = torch.zeros(len(rows), longest, dtype=torch.long)
-        for i, row in enumerate(rows):
-            ids[i, : row.length] = torch.tensor(row.running.ticket.ask.ids)
-        positions = torch.arange(longest, device=device).unsqueeze(0)
-        self._cache.begin(first, longest)
-        ends = sorted({row.length - 1 for row in rows})
-        logits = self._forward(slice(first, None), ids.to(device), positions, ends)
-        where = [ends.index(row.length - 1) for row in rows]
-        self._advance(rows, logits[torch.arange(len(rows)), where])
+    def _read(self, joining: Sequence[_Running]) -> None:
+        """Read prompts together, and where that fails each alone, to find out whose fault it is."""
+        for running in joining:
+            ids = (*running.ticket.ask.ids, *running.answered)
+            running.rows = [Row(ids, one) for one in running.residents or [None]]
+        try:
+            logits = self.batch.join([row for one in joining for row in one.rows])
+        except _FORWARD_ERRORS as error:
+            if len(joining) > 1:
+                for running in joining:
+                    self._read([running])
+                return
+            self._fail(joining, error)
+            return
+        self._running += joining
+        self._advance(list(joining), logits)
 
     def _grow(self) -> None:
         """Read each row's next token, and choose the one behind it."""
-        device = self.model.device
-        places = torch.tensor([row.length for row in self._rows], device=device)
-        ids = torch.tensor([[row.next_id] for row in self._rows], device=device)
-        self._cache.grow(places)
-        logits = self._forward(slice(0, None), ids, places.unsqueeze(1), [0])
-        for row in self._rows:
-            row.length += 1
-        self._advance(list(self._rows), logits[:, 0])
+        deepest = max(row.length for row in self.batch.rows)
+        while len(self._running) > 1 and not self._fits(len(self.batch.rows), deepest + 1):
+            latest = self._running.pop()
+            self.batch.leave(latest.rows)
+            latest.rows = []
+            self._waiting.appendleft(latest)
+        try:
+            logits = self.batch.grow()
+        except _FORWARD_ERRORS as error:
+            self._fail(list(self._running), error)
+            return
+        order = {id(row): i for i, row in enumerate(self.batch.rows)}
+        mine = [order[id(row)] for running in self._running for row in running.rows]
+        self._advance(list(self._running), logits[mine])
 
-    def _forward(
-        self, part: slice, ids: Tensor, positions: Tensor, ends: list[int]
-    ) -> Float[Tensor, "rows ends vocab"]:
-        """Run the model over part of the rows; return the logits at some of the tokens."""
-        rows = range(*part.indices(len(self._rows)))
-        self._lora.look_at(slice(rows.start, rows.stop))
-        residents = [self._rows[i].resident for i in rows]
-        latent = any(one is not None and one.edits_latents for one in residents)
-        names = [one.id if one and one.edits_latents else NOBODY for one in residents]
-        self.residents.latents.look_at(names if latent else ())
-        return self.model(
-            input_ids=ids,
-            attention_mask=self._cache.mask(positions, self.model.dtype),
-            position_ids=positions.expand(len(ids), -1),
-            past_key_values=self._cache,
-            use_cache=True,
-            logits_to_keep=torch.tensor(ends, device=ids.device),
-        ).logits
+    def _fail(self, failing: Sequence[_Running], error: BaseException) -> None:
+        """End requests that the model cannot be run on."""
+        logger.exception("a forward failed for %d requests", len(failing), exc_info=error)
+        for running in failing:
+            self._finish(running, "failed")
+        try:
+            self._try_out()
+        except _FORWARD_ERRORS as cause:
+            raise WorkError(
+                f"the model cannot be run any more ({type(cause).__name__}): start the engine again"
+            ) from cause
 
-    def _advance(self, rows: Sequence[_Row], logits: Float[Tensor, "rows vocab"]) -> None:
+    @torch.inference_mode()
+    def _try_out(self) -> None:
+        """Let the base read one token."""
+        row = Row((0,), None)
+        self.batch.join([row])
+        self.batch.leave([row])
+
+    def _advance(self, running: Sequence[_Running], logits: Float[Tensor, "rows vocab"]) -> None:
         """Choose the next token of every request, and hand over what its answer grows by."""
-        mine: dict[_Running, list[int]] = {}
-        for i, row in enumerate(rows):
-            mine.setdefault(row.running, []).append(i)
-        if len(mine) < len(rows):
-            logits = torch.stack([_mixed(logits[at], one) for one, at in mine.items()])
-        samplings = [one.ticket.ask.sampling for one in mine]
-        chosen = choose(logits, samplings, [one.draw for one in mine])
-        for (running, at), token, row_logits in zip(mine.items(), chosen, logits, strict=True):
-            for i in at:
-                rows[i].next_id = token
-            self._take(running, token, row_logits)
+        if len(logits) > len(running):
+            parts = logits.split([one.num_rows for one in running])
+            logits = torch.stack([_mixed(*each) for each in zip(parts, running, strict=True)])
+        # Of an expert whose weights have run away: there is nothing to choose by.
+        sound = (~logits.isnan().any(-1)).tolist()
+        for one in (one for one, ok in zip(running, sound, strict=True) if not ok):
+            logger.error("an expert's logits are no numbers: %s", one.ticket.ask.experts)
+            self._finish(one, "failed")
+        going = [i for i, ok in enumerate(sound) if ok]
+        asks = [running[i] for i in going]
+        logits = logits[going] if len(going) < len(sound) else logits
+        chosen = choose(logits, [o.ticket.ask.sampling for o in asks], [o.draw for o in asks])
+        for one, token, row_logits in zip(asks, chosen, logits, strict=True):
+            for row in one.rows:
+                row.next_id = token
+            self._take(one, token, row_logits)
 
     def _take(self, running: _Running, token: int, logits: Float[Tensor, " vocab"]) -> None:
         """Add a token to an answer."""
         self._tokens += 1
-        running.num_tokens += 1
+        running.answered.append(token)
         top = running.ticket.ask.sampling.top_logprobs
         ended = token in self._ends
-        before = running.text.length
         text = "" if ended else running.text.add(token)
         if top is not None and not ended:
-            grown = before, running.text.length
-            running.untold.append(told(logits, token, grown, top, self._backend))  # pyright: ignore
+            running.text.note(logits, top)
         finish: Finish | None = "stop" if ended or running.text.stopped else None
-        if finish is None and running.num_tokens >= running.max_tokens:
+        if finish is None and len(running.answered) >= running.max_tokens:
             finish = "length"
         if finish is None:
-            running.ticket.hand_over(Piece(text, 1, running.due(at_end=False)))
+            running.ticket.hand_over(Piece(text, 1, running.text.due()))
         else:
-            self._leave(running)
             text += running.text.end()
-            self._end(running, text, running.due(at_end=True), finish)
+            self._finish(running, finish, text, running.text.due())
 
-    def _leave(self, running: _Running) -> None:
-        """Take a request's rows out of the batch."""
-        for i in reversed(range(len(self._rows))):
-            if self._rows[i].running is running:
-                last = len(self._rows) - 1
-                if i < last:
-                    self._cache.move(last, i, self._rows[last].length)
-                    self._lora.move(last, i)
-                    self._rows[i] = self._rows[last]
-                self._rows.pop()
+    def _finish(
+        self, running: _Running, why: Finish, text: str = "", tokens: tuple[Token, ...] = ()
+    ) -> None:
+        """Take a request out of the batch, and end it."""
+        self.batch.leave(running.rows)
+        if running in self._running:
+            self._running.remove(running)
+        self._end(running, text, tokens, why)
 
     def _end(self, running: _Running, text: str, tokens: tuple[Token, ...], finish: Finish) -> None:
         """Hand over the last piece, and let the experts go."""
         for resident in running.residents:
             self.residents.unpin(resident)
-        num_tokens = 0 if finish == "cancelled" else 1
+        num_tokens = 0 if finish in ("cancelled", "failed") else 1
         running.ticket.hand_over(Piece(text, num_tokens, tokens, finish))
 
 

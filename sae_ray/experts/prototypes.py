@@ -7,6 +7,7 @@ there. They are what a router compares prompts with. No text is kept.
 
 import dataclasses
 import json
+import threading
 from collections.abc import Mapping, Sequence
 from itertools import islice
 
@@ -43,6 +44,8 @@ class Eyes:
     lm: str
     """Fingerprint of the language model."""
     sae: str
+    _reading: threading.Lock = dataclasses.field(default_factory=threading.Lock, repr=False)
+    """Held while they read: what hooks see is of one forward at a time."""
 
     @classmethod
     def open(cls, lm: str, sae: str) -> "Eyes":
@@ -59,7 +62,8 @@ class Eyes:
     def read(self, prompts: Sequence[str]) -> IndexBlock:
         """Read prompts, each alone as a user's turn; `rows` says which ones could be read."""
         asked = [Conversation("", [{"role": "user", "content": one}]) for one in prompts]
-        return _strongest(self.scorer(asked, range(len(asked))).block)
+        with self._reading:
+            return _strongest(self.scorer(asked, range(len(asked))).block)
 
 
 def requests(messages: Sequence[Mapping[str, str]]) -> list[str]:

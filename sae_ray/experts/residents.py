@@ -1,9 +1,10 @@
 """Residents: the experts in memory beside one base, loaded when asked for, evicted under a cap."""
 
+import contextlib
 import dataclasses
 import tempfile
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from peft import PeftModel
@@ -12,7 +13,7 @@ from transformers import PreTrainedModel
 from sae_ray.adapters.latent import LatentConfig, LatentLayer
 from sae_ray.errors import BusyError, ConfigError, ModelError, RequestError
 from sae_ray.experts.card import ExpertCard
-from sae_ray.experts.registry import ExpertRegistry
+from sae_ray.experts.registry import Expert, ExpertRegistry
 from sae_ray.experts.stacked import Factors, read_config, read_lora
 
 NOBODY = "__base__"
@@ -79,14 +80,22 @@ class Residents:
     """Experts of a registry as they are needed, at most so many bytes of them at once."""
 
     def __init__(
-        self, model: PreTrainedModel, registry: ExpertRegistry | None, max_bytes: int
+        self,
+        model: PreTrainedModel,
+        registry: ExpertRegistry | None,
+        max_bytes: int,
+        require: Callable[[Expert], None],
     ) -> None:
         self._model = model
         self._registry = registry
+        self._require = require
         self.max_bytes = max_bytes
         self.latents = LatentRows(model)
-        self.lock = threading.RLock()
+        self.lock = threading.Lock()
         """Held while a forward runs, and while what it reads is changed."""
+        self.wanted = threading.Event()
+        """Set while someone waits for that lock, which whoever steps would take again at once."""
+        self._table = threading.Lock()
         self._loading = threading.Lock()
         self._by_id: dict[str, Resident] = {}
         """The one that was used last comes last."""
@@ -94,12 +103,14 @@ class Residents:
     @property
     def ids(self) -> tuple[str, ...]:
         """Who is in memory."""
-        return tuple(self._by_id)
+        with self._table:
+            return tuple(self._by_id)
 
     @property
     def num_bytes(self) -> int:
         """Return what all of them take, in bytes."""
-        return sum(one.num_bytes for one in self._by_id.values())
+        with self._table:
+            return self._num_bytes()
 
     def pin(self, id: str) -> Resident:
         """Return an expert and keep it in memory until it is unpinned as often as pinned.
@@ -110,38 +121,58 @@ class Residents:
             ConfigError: it is larger than all the room there is.
             RegistryError, ModelError: its files are not what was registered, or do not fit.
         """
+        if (found := self._pinned(id)) is not None:
+            return found
         with self._loading:
-            with self.lock:
-                resident = self._by_id.pop(id, None)
-            if resident is None:
-                resident = self._load(id)
-                try:
-                    self._make_room(resident.num_bytes)
-                except (BusyError, ConfigError):
-                    self._drop(resident)
-                    raise
-            with self.lock:
-                resident.pins += 1
+            if (found := self._pinned(id)) is not None:  # loaded by who was here before
+                return found
+            resident = self._load(id)
+            try:
+                self._make_room(resident.num_bytes)
+            except (BusyError, ConfigError):
+                self._drop(resident)
+                raise
+            resident.pins = 1
+            with self._table:
                 self._by_id[id] = resident
             return resident
 
     def unpin(self, resident: Resident) -> None:
         """Let an expert go when its place is needed."""
-        with self.lock:
+        with self._table:
             resident.pins -= 1
+
+    def _pinned(self, id: str) -> Resident | None:
+        with self._table:
+            resident = self._by_id.pop(id, None)
+            if resident is not None:
+                self._by_id[id] = resident  # as the last one
+                resident.pins += 1
+            return resident
+
+    def _num_bytes(self) -> int:
+        return sum(one.num_bytes for one in self._by_id.values())
+
+    @contextlib.contextmanager
+    def _between_forwards(self) -> Iterator[None]:
+        self.wanted.set()
+        with self.lock:
+            self.wanted.clear()
+            yield
 
     def _load(self, id: str) -> Resident:
         if self._registry is None:
             raise RequestError("there is no registry, so that only the base answers: give one")
-        card = self._registry.find(id).card
-        require_servable(card)
+        expert = self._registry.find(id)
+        self._require(expert)
+        card = expert.card
         size = sum(file.bytes for name, file in card.files.items() if name.endswith("safetensors"))
         self._make_room(size)  # before anything is fetched
         with tempfile.TemporaryDirectory(prefix="sae-ray-") as scratch:
             folder = self._registry.fetch(id, Path(scratch))
             config = read_config(folder)
             if isinstance(config, LatentConfig):
-                with self.lock:
+                with self._between_forwards():
                     size = self.latents.load(id, folder)
                 return Resident(id, size, {}, edits_latents=True)
             factors = read_lora(folder, config, self._model)
@@ -154,19 +185,22 @@ class Residents:
                 f"this expert takes {size:,} bytes and all experts together may take "
                 f"{self.max_bytes:,}: raise adapter_memory_mb"
             )
-        with self.lock:
+        with self._table:
             idle = [one for one in self._by_id.values() if not one.pins]
-            if self.num_bytes - sum(one.num_bytes for one in idle) + size > self.max_bytes:
+            if self._num_bytes() - sum(one.num_bytes for one in idle) + size > self.max_bytes:
                 raise BusyError(
                     "the experts in use leave no room for another one: ask again in a moment, or "
                     "raise adapter_memory_mb"
                 )
-            while self.num_bytes + size > self.max_bytes:
-                self._drop(self._by_id.pop(idle.pop(0).id))
+            gone = []
+            while self._num_bytes() + size > self.max_bytes:
+                gone.append(self._by_id.pop(idle.pop(0).id))
+        for one in gone:
+            self._drop(one)
 
     def _drop(self, resident: Resident) -> None:
         if resident.edits_latents:
-            with self.lock:
+            with self._between_forwards():
                 self.latents.drop(resident.id)
 
 

@@ -20,26 +20,32 @@ class RowCache(Cache):
         super().__init__(layers=[])
         self.config = config
         self.max_rows = max_rows
+        self._bytes_per_place = 0
         self._kept: list[tuple[Tensor, Tensor] | None] = [None] * config.num_hidden_layers
         self._first = 0
         self._places: Tensor | None = None
         self._index = torch.arange(max_rows)
-        self._longest = 0
+        self._longest = self._deepest = 0
 
-    def begin(self, first: int, longest: int) -> None:
-        """Let the next forward read new rows, right-padded, from row `first` on."""
+    def begin(self, first: int, longest: int, deepest: int) -> None:
+        """Let the next forward read new rows, right-padded to `longest`, from row `first` on.
+
+        `deepest` is how far those before them reach.
+        """
         self._first, self._places, self._longest = first, None, longest
+        self._deepest = max(longest, deepest)
 
     def grow(self, places: Int[Tensor, " rows"]) -> None:
         """Let the next forward add a token to each row, at these places."""
         self._first, self._places, self._longest = 0, places, int(places.max()) + 1
+        self._deepest = self._longest
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: object, **__: object
     ) -> tuple[Tensor, Tensor]:
         """Keep a layer's new keys and values; return those of all that its tokens may see."""
-        keys, values = self._room(layer_idx, key_states, value_states)
         rows = len(key_states)
+        keys, values = self._room(layer_idx, key_states, value_states, self._first + rows)
         if self._places is None:
             mine = slice(self._first, self._first + rows)
             keys[mine, :, : self._longest] = key_states
@@ -69,19 +75,32 @@ class RowCache(Cache):
         """Return what keys and values take, in bytes."""
         return sum(one.nbytes for kept in self._kept for one in kept or ())
 
-    def _room(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Return a layer's tensors, made longer where they have to be."""
+    def bytes_for(self, rows: int, longest: int) -> int:
+        """Return what so many rows of so many tokens would take, once a forward has shown how."""
+        return self._rows_for(rows) * _places_for(longest) * self._bytes_per_place
+
+    def _rows_for(self, rows: int) -> int:
+        return min(self.max_rows, 1 << (rows - 1).bit_length())
+
+    def _room(self, layer: int, keys: Tensor, values: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+        """Return a layer's tensors, made anew where they are too small."""
         kept = self._kept[layer]
-        if kept is None or kept[0].shape[2] < self._longest:
-            places = max(_FIRST_PLACES, 1 << (self._longest - 1).bit_length())
-            grown = tuple(
-                one.new_zeros(self.max_rows, one.shape[1], places, one.shape[3])
+        if kept is None or kept[0].shape[0] < rows or kept[0].shape[2] < self._deepest:
+            shape = self._rows_for(rows), _places_for(self._deepest)
+            made = tuple(
+                one.new_zeros(shape[0], one.shape[1], shape[1], one.shape[3])
                 for one in (keys, values)
             )
-            for old, new in zip(kept or (), grown, strict=False):
-                new[:, :, : old.shape[2]] = old
-            kept = self._kept[layer] = (grown[0], grown[1])
+            for old, new in zip(kept or (), made, strict=False):
+                held = (
+                    slice(min(shape[0], len(old))),
+                    slice(None),
+                    slice(min(shape[1], old.shape[2])),
+                )
+                new[held] = old[held]
+            kept = self._kept[layer] = (made[0], made[1])
             self._index = self._index.to(keys.device)
+            self._bytes_per_place = self.num_bytes // (shape[0] * shape[1])
         return kept
 
     def mask(self, queries: Int[Tensor, "rows queries"], dtype: torch.dtype) -> Mask | dict:
@@ -104,3 +123,7 @@ class RowCache(Cache):
             made = {"full_attention": lambda: additive(back >= 0), "sliding_attention": sliding}
             return {kind: made[kind]() for kind in set(kinds)}
         return sliding() if window else additive(back >= 0)
+
+
+def _places_for(longest: int) -> int:
+    return max(_FIRST_PLACES, 1 << (longest - 1).bit_length())

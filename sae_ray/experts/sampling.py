@@ -6,7 +6,6 @@ from collections.abc import Sequence
 import torch
 from jaxtyping import Float
 from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
 from torch import Tensor
 
 from sae_ray.experts.answers import Sampling, Token
@@ -22,49 +21,38 @@ def choose(
     drawn = [i for i, one in enumerate(samplings) if one.temperature > 0]
     if not drawn:
         return chosen
-    temperature = torch.tensor([samplings[i].temperature for i in drawn]).unsqueeze(1)
-    top_p = torch.tensor([samplings[i].top_p for i in drawn]).unsqueeze(1)
-    at = torch.tensor([draws[i].random() for i in drawn]).unsqueeze(1)
-    # Divided in double precision: a temperature near 0 must not give 0 x infinity.
-    scaled = (logits[drawn].double().cpu() / temperature.double()).softmax(-1)
-    likeliest, order = scaled.sort(-1, descending=True)
-    before = likeliest.cumsum(-1) - likeliest
-    kept = likeliest.where(before < top_p, 0)  # the likeliest one always is
-    cumulative = kept.cumsum(-1)
-    where = torch.searchsorted(cumulative, at.double() * cumulative[:, -1:], right=True)
-    where = where.clamp_max(kept.count_nonzero(-1).unsqueeze(1) - 1)
-    for i, token in zip(drawn, order.gather(1, where).squeeze(1).tolist(), strict=True):
-        chosen[i] = token
+    device = logits.device
+    # In double precision, and less their maximum: no temperature is too near 0.
+    scaled = logits[drawn].double()
+    scaled = (scaled - scaled.amax(-1, keepdim=True)) / _column(
+        [samplings[i].temperature for i in drawn], device
+    )
+    at = _column([draws[i].random() for i in drawn], device)
+    likely = scaled.softmax(-1)
+    nucleus = [k for k, i in enumerate(drawn) if samplings[i].top_p < 1]
+    if nucleus:
+        top_p = _column([samplings[drawn[k]].top_p for k in nucleus], device)
+        likely[nucleus] = _nucleus(likely[nucleus], top_p)
+    cumulative = likely.cumsum(-1)
+    # Right of all that is less: a token without probability is never chosen, not even at 0.
+    where = torch.searchsorted(cumulative, at * cumulative[:, -1:], right=True).squeeze(1)
+    for i, token in zip(drawn, where.tolist(), strict=True):
+        chosen[i] = min(token, logits.shape[-1] - 1)
     return chosen
 
 
-def told(
-    logits: Float[Tensor, " vocab"],
-    chosen: int,
-    grown: tuple[int, int],
-    top: int,
-    tokenizer: Tokenizer,
-) -> Token:
-    """Return a chosen token with its logarithmic probability and the likeliest ones beside it.
+def _column(values: Sequence[float], device: torch.device) -> Float[Tensor, "rows 1"]:
+    return torch.tensor(values, dtype=torch.float64, device=device).unsqueeze(1)
 
-    Args:
-        logits: at its place.
-        chosen: the token.
-        grown: lengths of the answer's text before and after it, in characters.
-        top: how many of the likeliest are told.
-        tokenizer: what writes them.
-    """
-    text = _decode(tokenizer, chosen)
-    logprobs = logits.float().log_softmax(-1)
-    values, ids = logprobs.topk(min(top, len(logprobs)))
-    pairs = zip(ids.tolist(), values.tolist(), strict=True)
-    return Token(
-        text=text,
-        logprob=float(logprobs[chosen]),
-        # The text may grow by what was half a character before, too: that comes first.
-        offset=max(grown[0], grown[1] - len(text)),
-        top=tuple((_decode(tokenizer, id), value) for id, value in pairs),
-    )
+
+def _nucleus(
+    likely: Float[Tensor, "rows vocab"], top_p: Float[Tensor, "rows 1"]
+) -> Float[Tensor, "rows vocab"]:
+    """Return the probabilities of the likeliest tokens that together have `top_p`; 0 elsewhere."""
+    likeliest, order = likely.sort(-1, descending=True)
+    before = likeliest.cumsum(-1) - likeliest
+    before[:, 0] = -1  # the likeliest one always is
+    return torch.zeros_like(likely).scatter(-1, order, likeliest.where(before < top_p, 0))
 
 
 def _decode(tokenizer: Tokenizer, id: int) -> str:
@@ -79,28 +67,25 @@ class TextStream:
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]) -> None:
         self._tokenizer = tokenizer
-        self._stream = DecodeStream(skip_special_tokens=True)
         self._stop = tuple(stop)
         self._ids: list[int] = []
+        self._from = self._to = 0
+        """The last tokens that became text: the next ones are decoded behind them."""
         self._decoded = ""
         self._shown = 0
+        self._grown = (0, 0)
+        """Lengths before and after the last token."""
+        self._untold: list[Token] = []
+        self._ended = False
         self.stopped = False
         """Whether a stop string was met."""
-
-    @property
-    def length(self) -> int:
-        """Return how many characters it has, shown or not."""
-        return len(self._decoded)
-
-    @property
-    def shown(self) -> int:
-        """Return how many of them were shown."""
-        return self._shown
 
     def add(self, id: int) -> str:
         """Take the next token; return the text that can be shown from now on."""
         self._ids.append(id)
-        self._decoded += self._stream.step(self._tokenizer, id) or ""
+        before = len(self._decoded)
+        self._decoded += self._new_text()
+        self._grown = before, len(self._decoded)
         found = [at for one in self._stop if (at := self._decoded.find(one, self._shown)) >= 0]
         if found:
             self.stopped = True
@@ -108,12 +93,41 @@ class TextStream:
             return self._show(len(self._decoded))
         return self._show(len(self._decoded) - self._kept_back())
 
+    def _new_text(self, *, last: bool = False) -> str:
+        """Return what the last tokens add: nothing while they may be half a character.
+
+        Not tokenizers' DecodeStream, which raises where bytes follow each other that are no text.
+        """
+        before = self._tokenizer.decode(self._ids[self._from : self._to], skip_special_tokens=True)
+        text = self._tokenizer.decode(self._ids[self._from :], skip_special_tokens=True)
+        if not last and (len(text) <= len(before) or text.endswith("\ufffd")):
+            return ""
+        self._from, self._to = self._to, len(self._ids)
+        return text[len(before) :]
+
+    def note(self, logits: Float[Tensor, " vocab"], top: int) -> None:
+        """Keep the last token's probability at its place, and the `top` likeliest tokens there."""
+        logprobs = logits.float().log_softmax(-1)
+        values, ids = logprobs.topk(min(top, len(logprobs)))
+        text = _decode(self._tokenizer, self._ids[-1])
+        # The text may have grown by what was half a character before, too: that comes first.
+        offset = max(self._grown[0], self._grown[1] - len(text))
+        pairs = zip(ids.tolist(), values.tolist(), strict=True)
+        likeliest = tuple((_decode(self._tokenizer, id), value) for id, value in pairs)
+        self._untold.append(Token(text, float(logprobs[self._ids[-1]]), offset, likeliest))
+
+    def due(self) -> tuple[Token, ...]:
+        """Return the noted tokens whose text is shown by now; what a stop string cuts never is."""
+        begun = [one for one in self._untold if one.offset < self._shown]
+        due = self._untold if self._ended and not self.stopped else begun
+        self._untold = self._untold[len(due) :]
+        return tuple(due)
+
     def end(self) -> str:
         """Return what was kept back: there is no more to come."""
+        self._ended = True
         if not self.stopped:
-            whole = self._tokenizer.decode(self._ids, skip_special_tokens=True)
-            # Half a character at the end is shown as decoders show it.
-            self._decoded = whole if whole.startswith(self._decoded) else self._decoded
+            self._decoded += self._new_text(last=True)
         return self._show(len(self._decoded))
 
     def _kept_back(self) -> int:

@@ -32,6 +32,8 @@ class ServeSettings(JobConfig):
     """Tokens of prompts read between two steps of the answers in progress."""
     adapter_memory_mb: float = Field(default=2048, gt=0)
     """What all experts in an engine's memory may take."""
+    kv_memory_mb: float = Field(default=4096, gt=0)
+    """What keys and values in an engine's memory may take; no prompt may be longer than that."""
     max_engines: int = Field(default=1, ge=1)
     """Engines at most; there is always one."""
     max_routers: int = Field(default=1, ge=1)

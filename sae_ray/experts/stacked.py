@@ -70,7 +70,7 @@ def read_lora(folder: Path, config: PeftConfig, model: PreTrainedModel) -> dict[
     factors = {}
     for path, half in halves.items():
         module = modules.get(path)
-        if set(half) != {"A", "B"} or not isinstance(module, nn.Linear | Conv1D):
+        if set(half) != {"A", "B"} or not _fits(module, half):
             raise RequestError(
                 "this expert changes a matrix that this model does not have: serve it with the "
                 "model that it was trained on"
@@ -81,6 +81,14 @@ def read_lora(folder: Path, config: PeftConfig, model: PreTrainedModel) -> dict[
             (scale * half["B"].float()).T.to(model.device, model.dtype).contiguous(),
         )
     return factors
+
+
+def _fits(module: nn.Module | None, half: Mapping[str, Tensor]) -> bool:
+    """Say whether factors are as wide as a matrix."""
+    if not isinstance(module, nn.Linear | Conv1D):
+        return False
+    out_in = module.weight.shape if isinstance(module, nn.Linear) else module.weight.shape[::-1]
+    return (half["B"].shape[0], half["A"].shape[1]) == tuple(out_in)
 
 
 def _scale(config: LoraConfig, path: str, r: int) -> float:

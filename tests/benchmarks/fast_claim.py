@@ -42,10 +42,7 @@ from sae_ray.sae.shards import InstanceReader
 from sae_ray.sae.train import Trainer, train
 from sae_ray.tiny.split import is_held_out
 
-PENALTIES: dict[Any, tuple[float, ...]] = {
-    "standard": (0.5, 1.0, 2.0, 4.0, 8.0),
-    "jumprelu": (0.03, 0.1, 0.3, 1.0, 3.0),
-}
+ARCHITECTURES = ("standard", "jumprelu")
 PARTS = ("special and role", "all", "content", "position 0", "all but position 0")
 PAPER = {
     ("standard", "bt_f", "all"): 0.977,
@@ -72,6 +69,8 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--d_sae", type=int, default=1536, help="8 times the embedded width")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--regimes", default=",".join(get_args(Regime)))
+    parser.add_argument("--standard", default="1,2,4,8", help="penalties, a SAE each")
+    parser.add_argument("--jumprelu", default="3,10,30,100", help="penalties, a SAE each")
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--batch_tokens", type=int, default=4096)
     parser.add_argument("--max_slices", type=int, default=40, help="slices of 512 rows to read")
@@ -102,9 +101,11 @@ class Experiment:
 
     def specs(self, seed: int) -> list[SAESpec]:
         return [
-            SAESpec(self.point, architecture, self.arguments.d_sae, sparsity=penalty, seed=seed)
-            for architecture, penalties in PENALTIES.items()
-            for penalty in penalties
+            SAESpec(
+                self.point, architecture, self.arguments.d_sae, sparsity=float(penalty), seed=seed
+            )
+            for architecture in ARCHITECTURES
+            for penalty in getattr(self.arguments, architecture).split(",")
         ]
 
     def run(self, regime: Regime, seed: int) -> Iterator[dict[str, Any]]:
@@ -179,7 +180,7 @@ def error_at(curve: list[dict[str, Any]], l0: float, part: str) -> float:
 
 def ratios(records: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """Yield fast's error over each other regime's, by architecture and part."""
-    for architecture in PENALTIES:
+    for architecture in ARCHITECTURES:
         mine = [one for one in records if one["architecture"] == architecture]
         curves: Curves = {
             (regime, seed): [one for one in mine if (one["regime"], one["seed"]) == (regime, seed)]

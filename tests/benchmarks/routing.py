@@ -22,8 +22,9 @@ from rich.console import Console
 from sae_ray import tiny
 from sae_ray.adapters.settings import FinetuneSettings
 from sae_ray.curate.block import IndexBlock
+from sae_ray.curate.space import unit
 from sae_ray.evaluate.mixture import Arm, evaluate_mixture, tabulate
-from sae_ray.experts.fitting import Kind
+from sae_ray.experts.fitting import Kind, fit
 from sae_ray.experts.prototypes import Eyes, requests
 from sae_ray.experts.router import Router
 
@@ -47,7 +48,8 @@ def read_domains(path: str, eyes: Eyes, num: int) -> dict[str, IndexBlock]:
     asked: dict[str, list[str]] = {}
     for i in np.random.default_rng(0).permutation(len(rows)):
         mine = asked.setdefault(rows[i]["domain"], [])
-        if len(mine) < num and (last := requests(rows[i]["messages"])[-1:]):
+        last = requests(rows[i]["messages"])[-1:]
+        if len(mine) < num and last and last[0] not in mine:  # what is known is never asked
             mine += last
     blocks = {}
     for domain, prompts in sorted(asked.items()):
@@ -102,8 +104,14 @@ def measure(eyes: Eyes, blocks: Mapping[str, IndexBlock], division: Division, ki
         one: np.mean([who == "base" for who in decide(router, blocks[one])])
         for one in division.left_out
     }
+    unseen = [
+        blocks[one].take(range(NUM_NOBODYS, len(blocks[one]))) for one in division.calibrating
+    ]
     figures = {
         "accuracy": float(np.mean(np.concatenate(right))),
+        "like_calibrated": float(
+            np.mean([who == "base" for one in unseen for who in decide(router, one)])
+        ),
         "stays": float(np.mean(list(stays.values()))),
         "least": float(min(stays.values())),
         "stays_by_domain": {one: float(share) for one, share in stays.items()},
@@ -135,15 +143,45 @@ def changed(router: Router, blocks: Mapping[str, IndexBlock], division: Division
     return float(np.mean([a != b for a, b in others]))
 
 
+SPACES = ("latents", "log latents", "Jaccard of latents")
+
+
+def in_space(block: IndexBlock, space: str) -> np.ndarray:
+    """Return prompts as unit vectors whose cosines say how like they are, from their latents."""
+    dense = np.zeros((len(block), block.d_sae), dtype=np.float32)
+    dense[np.repeat(np.arange(len(block)), np.diff(block.indptr)), block.latents] = (
+        block.means[:, 0] if space != "Jaccard of latents" else 1
+    )
+    return unit(np.log1p(dense) if space == "log latents" else dense).astype(np.float32)
+
+
+def from_latents(blocks: Mapping[str, IndexBlock], division: Division, space: str) -> dict:
+    """Decide as kNN does, by the same rule, from latents alone; return accuracy and what stays."""
+    ids = division.experts
+    background = in_space(mixed([blocks[one] for one in division.calibrating]), space)
+    fitted = fit("knn", ids, [in_space(known(blocks[one]), space) for one in ids], background)
+
+    def who(block: IndexBlock) -> list[str]:
+        scores = fitted.scores(in_space(block, space))
+        best, away = scores.argmax(1), scores.max(1) >= 0
+        return [ids[e] if gone else "base" for e, gone in zip(best, away, strict=True)]
+
+    right = [name == one for one in ids for name in who(asked(blocks[one]))]
+    stays = [np.mean([n == "base" for n in who(blocks[one])]) for one in division.left_out]
+    return {"accuracy": float(np.mean(right)), "stays": float(np.mean(stays))}
+
+
 def figures_of(results: Mapping[Kind, Sequence[dict]], what: str, real: bool) -> list[Figure]:
     """Turn the results of all divisions into figures."""
     figures = []
+    names = ("accuracy", "like_calibrated", "stays")
     for kind, each in results.items():
-        mean = {k: float(np.mean([one[k] for one in each])) for k in ("accuracy", "stays")}
+        mean = {k: float(np.mean([one[k] for one in each])) for k in names}
         target = None if real else TARGETS[kind]
         worst = min(one["accuracy"] for one in each)
         figures += [
             Figure(f"{kind}: accuracy", mean["accuracy"], what, target, note=f"least {worst:.3f}"),
+            Figure(f"{kind}: background that stays", mean["like_calibrated"], what, 0.95),
             Figure(f"{kind}: left-out background that stays", mean["stays"], what, 0.95),
             Figure(f"{kind}: the same of the worst domain", min(x["least"] for x in each), what),
         ]
@@ -166,11 +204,14 @@ def measure_answers(folder: Path, num: int, part: Part) -> None:
     pool = pq.read_table(tiny.pool_path(), columns=["id", "domain", "messages"])
     names = np.array(pool["domain"].to_pylist())
     folder.mkdir(parents=True, exist_ok=True)
-    for name, chosen in {**{one: [one] for one in domains}, "union": domains}.items():
-        rows = np.concatenate([np.flatnonzero(names == one)[:300] for one in chosen])
+    union = f"union-of-{num}"
+    for name, chosen in {**{one: [one] for one in domains}, union: domains}.items():
+        rows = np.concatenate([np.flatnonzero(names == one)[:500] for one in chosen])
         pq.write_table(pool.take(rows), folder / f"{name}.parquet")
         settings = FinetuneSettings(
-            data=str(folder / f"{name}.parquet"), num_epochs=4, num_workers=0, general_rows=0
+            data=str(folder / f"{name}.parquet"),
+            **{"num_epochs": 6, "held_out_rows": 32, "micro_rows": 16},
+            **{"num_workers": 0, "general_rows": 0},
         )
         maker = ExpertMaker(settings, str(folder / name), name=name)
         for _ in maker.make():
@@ -187,7 +228,7 @@ def measure_answers(folder: Path, num: int, part: Part) -> None:
         {one: one for one in domains},
         Router.fit(eyes, experts, mixed(rest)),
         kept,
-        union=folder / "union" / "adapter",
+        union=folder / union / "adapter",
     ):
         log(f"{arm.name}: {arm.in_domain:.3f}")
         arms.append(arm)
@@ -225,6 +266,12 @@ def main() -> None:
     results = {kind: [measure(eyes, blocks, one, kind) for one in each] for kind in KINDS}
     part.figures += figures_of(results, "share", options.real)  # pyright: ignore
     part.details |= {"divisions": [dataclasses.asdict(one) for one in each], "results": results}
+    for space in SPACES:
+        found = [from_latents(blocks, one, space) for one in each]
+        for name, label in (("accuracy", "accuracy"), ("stays", "left-out background that stays")):
+            share = float(np.mean([one[name] for one in found]))
+            part.figures.append(Figure(f"knn on {space}: {label}", share, "share"))
+        part.details[f"knn on {space}"] = found
     show(
         "accuracy, and left-out background that stays, by division",
         ("division", *KINDS),

@@ -123,7 +123,7 @@ def test_completions_go_on_with_text_or_tokens(service: Service) -> None:
     assert plain[0]
     for top, value in zip(logprobs["top_logprobs"], logprobs["token_logprobs"], strict=True):
         assert max(top.values()) == pytest.approx(value), (top, value)
-    ids = list(service.replica._engine.prompt_text("Write a query"))
+    ids = list(service.replica._engine.prompts.of_text("Write a query"))
     again = service.client.post("/v1/completions", json=asked | {"prompt": ids, "logprobs": None})
     assert again.json()["choices"][0]["text"] == said["choices"][0]["text"]
     two = service.client.post("/v1/completions", json=asked | {"prompt": ["a", "b"]})

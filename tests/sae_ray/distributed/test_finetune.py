@@ -1,6 +1,7 @@
 """Two workers on DeepSpeed give what one process gives, at every stage of ZeRO."""
 
 import dataclasses
+import itertools
 import json
 import math
 import tempfile
@@ -77,54 +78,42 @@ def train(training: Training, material: Material, num_workers: int) -> Trained:
             return done.value
 
 
-def weights(out: str) -> dict[str, torch.Tensor]:
-    return load_file(f"{out}/adapter/adapter_model.safetensors")
-
-
 def losses(curves: Sequence[dict[str, float]]) -> list[float]:
     return [row["loss"] for row in curves if "loss" in row]
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3])
-def test_two_workers_equal_one_process(
-    ray_cluster: None, tiny_lm: Path, tmp_path: Path, sft: Material, stage: int
-) -> None:
-    def run(name: str, num_workers: int) -> tuple[Trained, str]:
-        out = str(tmp_path / name)
-        spec = AdapterSpec(kind="lora", r=2)
-        # 33 rows in steps of 4: an epoch ends within the ninth.
-        settings = recipe(max_steps=11, evaluate_every=11)
-        training = Training(str(tiny_lm), spec, settings, out, zero_stage=stage)
-        return train(training, sft, num_workers), out
+# 33 rows in steps of 4: an epoch ends within the ninth.
+OVER_AN_EPOCH = recipe(max_steps=11, evaluate_every=11)
 
-    alone, here = run("alone", 0)
-    both, there = run("both", 2)
+
+@pytest.fixture
+def alone(tiny_lm: Path, tmp_path: Path, sft: Material) -> tuple[Trained, str]:
+    """A LoRA that one process trained, and where it lies."""
+    training = Training(
+        str(tiny_lm), AdapterSpec(kind="lora", r=2), OVER_AN_EPOCH, str(tmp_path / "alone")
+    )
+    return train(training, sft, 0), training.out
+
+
+def require_same_weights(found: str, expected: str) -> None:
+    one, other = (load_file(f"{path}/adapter_model.safetensors") for path in (found, expected))
+    assert one.keys() == other.keys()
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], atol=1e-6, rtol=0)
+
+
+def test_two_workers_equal_one_process(
+    ray_cluster: None, tiny_lm: Path, tmp_path: Path, sft: Material, alone: tuple[Trained, str]
+) -> None:
+    expected, here = alone
+    spec, out = AdapterSpec(kind="lora", r=2), str(tmp_path / "both")
+    both = train(Training(str(tiny_lm), spec, OVER_AN_EPOCH, out, zero_stage=2), sft, 2)
     assert both.num_workers == 2
-    assert losses(both.curves) == pytest.approx(losses(alone.curves), rel=1e-6)
-    expected, found = weights(here), weights(there)
-    assert expected.keys() == found.keys()
-    for name in expected:
-        torch.testing.assert_close(found[name], expected[name], atol=1e-6, rtol=0)
-    for one, other in ((alone.before, both.before), (alone.after, both.after)):
+    assert losses(both.curves) == pytest.approx(losses(expected.curves), rel=1e-6)
+    require_same_weights(f"{out}/adapter", f"{here}/adapter")
+    for one, other in ((expected.before, both.before), (expected.after, both.after)):
         assert [r.nats for r in other.held_out] == pytest.approx([r.nats for r in one.held_out])
         assert [r.nats for r in other.general] == pytest.approx([r.nats for r in one.general])
-
-
-@pytest.mark.parametrize(
-    "stage", [0, *(pytest.param(stage, marks=pytest.mark.soak) for stage in (2, 3))]
-)
-def test_the_first_loss_of_dpo_is_ln_2_fresh_and_after_sft(
-    ray_cluster: None, tiny_lm: Path, tmp_path: Path, sft: Material, dpo: Material, stage: int
-) -> None:
-    spec = AdapterSpec(kind="lora", r=2)
-    first = Training(str(tiny_lm), spec, recipe(), str(tmp_path / "sft"))
-    train(first, sft, 0)
-    for start in (None, f"{first.out}/adapter"):
-        out, settings = str(tmp_path / f"{start is None}"), recipe(objective="dpo", max_steps=2)
-        training = Training(str(tiny_lm), spec, settings, out, start, zero_stage=stage)
-        found = losses(train(training, dpo, 2).curves)
-        assert found[0] == pytest.approx(math.log(2), abs=1e-6)
-        assert found[1] < found[0]
 
 
 def _each(config: dict[str, Any], tell: Tell) -> dict[str, list[float]]:
@@ -145,8 +134,32 @@ def _each(config: dict[str, Any], tell: Tell) -> dict[str, list[float]]:
     return found
 
 
-def test_every_adapter_trains_by_either_objective_on_two_workers(
-    ray_cluster: None, tiny_lm: Path, tiny_sae: Path, tmp_path: Path, sft: Material, dpo: Material
+def trained_together(
+    trainings: dict[str, Training], materials: dict[str, Material], folder: Path
+) -> dict[str, list[float]]:
+    """Return each training's losses, of one gang of two workers for all."""
+    with cluster():
+        config = {
+            "trainings": trainings,
+            "materials": materials,
+            "workers": (workers := plan_workers(2)),
+        }
+        run = run_gang(_each, config, Gang(workers, str(folder), "each", max_failures=0))
+        with pytest.raises(StopIteration) as done:
+            next(run)
+    found: dict[str, list[float]] = done.value.value
+    assert found.keys() == trainings.keys()
+    return found
+
+
+def test_every_adapter_trains_by_either_objective_at_every_stage_on_two_workers(
+    ray_cluster: None,
+    tiny_lm: Path,
+    tiny_sae: Path,
+    tmp_path: Path,
+    sft: Material,
+    dpo: Material,
+    alone: tuple[Trained, str],
 ) -> None:
     encoder = load_encoder(str(tiny_sae))
     latents = torch.arange(4)
@@ -171,21 +184,27 @@ def test_every_adapter_trains_by_either_objective_on_two_workers(
     }
     at_3 = dataclasses.replace(trainings["subspace sft"], out=f"{tmp_path}/3", zero_stage=3)
     trainings["subspace sft at ZeRO-3"] = at_3
-    with cluster():
-        config = {
-            "trainings": trainings,
-            "materials": {"sft": sft, "dpo": dpo},
-            "workers": (workers := plan_workers(2)),
-        }
-        run = run_gang(_each, config, Gang(workers, str(tmp_path / "run"), "each", max_failures=0))
-        with pytest.raises(StopIteration) as done:
-            next(run)
-    found: dict[str, list[float]] = done.value.value
-    assert found.keys() == trainings.keys()
-    for name, (first, second) in found.items():
+    expected, here = alone
+    for stage in (0, 3):
+        place = str(tmp_path / f"zero-{stage}")
+        trainings[f"lora alike at ZeRO-{stage}"] = Training(
+            str(tiny_lm), specs["lora"], OVER_AN_EPOCH, place, zero_stage=stage
+        )
+    for stage, start in itertools.product((0, 2, 3), (None, f"{here}/adapter")):
+        name = f"lora at ZeRO-{stage}, {'fresh' if start is None else 'after sft'}, dpo"
+        settings = recipe(objective="dpo", max_steps=2)
+        trainings[name] = Training(
+            str(tiny_lm), specs["lora"], settings, str(tmp_path / name), start, zero_stage=stage
+        )
+    found = trained_together(trainings, {"sft": sft, "dpo": dpo}, tmp_path / "run")
+    for name, (first, second, *_) in found.items():
         assert second != first, name
         if name.endswith("dpo"):
             assert first == pytest.approx(math.log(2), abs=1e-6), name
+            assert second < first, name
+        if "alike" in name:
+            assert found[name] == pytest.approx(losses(expected.curves), rel=1e-6), name
+            require_same_weights(trainings[name].out, f"{here}/adapter")
     for name, training in trainings.items():
         weights = "model" if name.startswith("full") else "adapter_model"
         tensors = load_file(f"{training.out}/{weights}.safetensors")

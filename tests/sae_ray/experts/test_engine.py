@@ -1,3 +1,5 @@
+import json
+import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -6,7 +8,7 @@ import pytest
 import torch
 
 from sae_ray.adapters.attach import AdapterSpec
-from sae_ray.errors import BusyError, RequestError
+from sae_ray.errors import BusyError, ModelError, RequestError, WorkError
 from sae_ray.experts.answers import Ask, Limits, Piece, Sampling, Ticket
 from sae_ray.experts.engine import Engine
 from sae_ray.experts.registry import ExpertRegistry
@@ -228,7 +230,7 @@ def test_too_long_too_many_and_nobody_are_refused(engine: Engine) -> None:
     with pytest.raises(RequestError, match="empty"):
         asked.ask(())
     with pytest.raises(RequestError, match="none of 0 to"):
-        engine.require_tokens([5, 10**9])
+        engine.prompts.of_tokens([5, 10**9])
     for _ in range(8):
         asked.ask(PROMPTS[0])
     with pytest.raises(BusyError, match="8 requests are waiting"):
@@ -320,10 +322,105 @@ def test_a_thread_runs_it_and_tells_who_still_waits_when_it_stops(engine: Engine
     thread = threading.Thread(target=engine.run, args=(stop,))
     thread.start()
     done = threading.Event()
-    ids = engine.prompt([{"role": "user", "content": "Write a query"}])
+    ids = engine.prompts.of_messages([{"role": "user", "content": "Write a query"}])
     engine.submit(Ask(ids, sampling=Sampling(max_tokens=5)), lambda p: p.finish and done.set())
     assert done.wait(20)
     asked.ask(PROMPTS[0], max_tokens=400)
     stop.set()
     thread.join()
     assert asked.pieces[0][-1].finish is not None
+
+
+def test_a_request_that_the_model_cannot_be_run_on_ends_alone(engine: Engine) -> None:
+    def refuse(_module: object, _args: object, given: dict) -> None:
+        if (given["input_ids"] == 99).any():
+            raise ValueError("not this one")
+
+    asked = Asked(engine)
+    wanted = [asked.ask(PROMPTS[k], name) for k, name in ((0, "small"), (1, "large"))]
+    asked.finish()
+    engine.model.register_forward_pre_hook(refuse, with_kwargs=True)
+    first = asked.ask(PROMPTS[0], "small")
+    engine.step()
+    bad, good = asked.ask((5, 99), "large"), asked.ask(PROMPTS[1], "large")
+    asked.finish()
+    assert asked.pieces[bad][-1].finish == "failed"
+    assert [asked.text(first), asked.text(good)] == [asked.text(k) for k in wanted]
+    assert all(engine.residents.pin(one.id).pins == 1 for one in engine.experts.values())
+
+
+def test_an_expert_without_numbers_ends_its_own_requests_alone(
+    engine: Engine, registry: ExpertRegistry
+) -> None:
+    asked = Asked(engine)
+    asked.ask(PROMPTS[0], "small")
+    asked.finish()
+    broken = engine.residents.pin(engine.experts["large"].id)
+    for factors in broken.factors.values():
+        factors.B.fill_(float("nan"))
+    asked.ask(PROMPTS[0], "large", temperature=1.0)
+    asked.ask(PROMPTS[0], "small")
+    asked.finish()
+    assert asked.pieces[1][-1].finish == "failed"
+    assert asked.text(0) == asked.text(2)
+
+
+def test_a_model_that_cannot_be_run_any_more_stops_the_engine(engine: Engine) -> None:
+    def refuse(*_: object) -> None:
+        raise RuntimeError("the device is gone")
+
+    asked = Asked(engine)
+    asked.ask(PROMPTS[0])
+    engine.step()
+    asked.ask(PROMPTS[1])
+    engine.model.register_forward_pre_hook(refuse)
+    with pytest.raises(WorkError, match="cannot be run any more"):
+        engine.run(threading.Event())
+    assert [pieces[-1].finish for pieces in asked.pieces] == ["cancelled", "failed"]
+    with pytest.raises(WorkError, match="has stopped"):
+        asked.ask(PROMPTS[0])
+
+
+def test_a_model_that_cannot_answer_in_batches_is_refused_at_the_start(
+    tiny_lm: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_lm, tmp_path / "lm")
+    path = tmp_path / "lm" / "config.json"
+    kinds = {"layer_types": ["chunked_attention"] * 3}
+    path.write_text(json.dumps(json.loads(path.read_text()) | kinds))
+    with pytest.raises(ModelError, match="cannot answer in batches"):
+        Engine(str(tmp_path / "lm"))
+
+
+def test_who_does_not_fit_into_memory_waits_again_and_answers_the_same(
+    registry: ExpertRegistry, tiny_lm: Path
+) -> None:
+    told = []
+    for kv_memory_mb in (64.0, 0.1):
+        limits = Limits(max_rows=6, kv_memory_mb=kv_memory_mb)
+        engine = Engine(str(tiny_lm), registry.path, limits=limits)
+        asked, most = Asked(engine), 0
+        for k, name in enumerate(("small", "large", "small", "large")):
+            asked.ask(PROMPTS[k], name, max_tokens=70, temperature=0.7, seed=k)
+        while engine.step():
+            most = max(most, engine.batch.cache.num_bytes)
+        told.append([asked.text(k) for k in range(4)])
+        assert most <= kv_memory_mb * 2**20
+        assert engine.batch.cache.num_bytes == 0
+    assert told[0] == told[1]
+    with pytest.raises(RequestError, match=r"context is \d+ tokens here"):
+        asked.ask((5,) * 300, max_tokens=200)
+
+
+def test_an_expert_is_loaded_while_others_answer(engine: Engine) -> None:
+    asked, stop = Asked(engine), threading.Event()
+    thread = threading.Thread(target=engine.run, args=(stop,))
+    thread.start()
+    done = [threading.Event() for _ in LORAS]
+    asked.ask(PROMPTS[0], max_tokens=400)
+    for name, event in zip(LORAS, done, strict=True):
+        ask = Ask(PROMPTS[0], (engine.experts[name].id,), (1.0,), Sampling(max_tokens=5))
+        engine.submit(ask, lambda p, event=event: p.finish and event.set())
+    assert all(event.wait(30) for event in done)
+    stop.set()
+    thread.join()

@@ -1,6 +1,7 @@
 import dataclasses
 import json
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -97,6 +98,18 @@ def test_experts_come_and_go_without_touching_the_decisions_of_others(
     assert np.array_equal(back.scores(others), router.scores(others))
     with pytest.raises(RegistryError, match="none of the router's"):
         router.retire("id-nobody")
+
+
+def test_many_threads_route_as_one_does(routers: Mapping[Kind, Router], prompts: Prompts) -> None:
+    texts = [text for domain in DOMAINS for text in prompts[domain][NUM_KNOWN:][:6]]
+    texts = [text * (1 + k % 3) for k, text in enumerate(texts)]  # of different lengths
+    router = routers["knn"]
+    alone = [router.route(asked(text)) for text in texts]
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(router.route, map(asked, texts)))
+    for one, other in zip(alone, together, strict=True):
+        assert one.expert_ids == other.expert_ids
+        assert one.scores == pytest.approx(other.scores, abs=1e-6)
 
 
 def test_a_logistic_router_must_be_fitted_again(routers: Mapping[Kind, Router]) -> None:
