@@ -373,8 +373,7 @@ class Engine:
         if finish is None:
             running.ticket.hand_over(Piece(text, 1, running.text.due()))
         else:
-            text += running.text.end()
-            self._finish(running, finish, text, running.text.due())
+            self._finish(running, finish, text + running.text.end(), running.text.due())
 
     def _finish(
         self, running: _Running, why: Finish, text: str = "", tokens: tuple[Token, ...] = ()
