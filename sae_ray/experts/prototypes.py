@@ -32,6 +32,8 @@ PROTOTYPES = "prototypes.safetensors"
 NUM_PROMPTS = 128
 STRONGEST = 64
 """Latents kept of each prompt, by their mean."""
+CHARACTERS_PER_TOKEN = 2
+"""So few that the end of a prompt fits into what the model reads, in nearly any language."""
 _DRAWN_FROM = 4096
 _SLICE = 512
 
@@ -60,8 +62,13 @@ class Eyes:
         return cls(LatentScorer.load(config), fingerprint("lm", lm), fingerprint("sae", sae))
 
     def read(self, prompts: Sequence[str]) -> IndexBlock:
-        """Read prompts, each alone as a user's turn; `rows` says which ones could be read."""
-        asked = [Conversation("", [{"role": "user", "content": one}]) for one in prompts]
+        """Read prompts, each alone as a user's turn; `rows` says which ones could be read.
+
+        Of a long prompt the end is read, where it says what is to be done.
+        """
+        longest = CHARACTERS_PER_TOKEN * self.scorer.max_tokens
+        ends = [one[-longest:] for one in prompts]
+        asked = [Conversation("", [{"role": "user", "content": one}]) for one in ends]
         with self._reading:
             return _strongest(self.scorer(asked, range(len(asked))).block)
 

@@ -173,7 +173,8 @@ class Router:
 
         Args:
             messages: its turns, the last request at their end.
-            previous: id of the expert that answered before, where that is known.
+            previous: id of the expert that answered before; one that is not the router's counts
+                as not known.
             top_k: experts at most, of those that the base is not ahead of.
 
         Raises:
@@ -197,8 +198,9 @@ class Router:
             )
         before = previous or [None] * len(conversations)
         asked = [requests(one)[-MAX_TURNS:] for one in conversations]
+        ids = {one.id for one in self.experts}
         asked = [
-            turns[-1:] if known is not None else turns
+            turns[-1:] if known in ids else turns
             for turns, known in zip(asked, before, strict=True)
         ]
         block = self.eyes.read([text for turns in asked for text in turns])

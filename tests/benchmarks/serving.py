@@ -64,10 +64,10 @@ class Contest:
         self.engine._ends = frozenset()  # answers of one length
         self._models: dict[str, torch.nn.Module] = {}
 
-    def ours(self, ids: list[str], *, together: bool = True) -> int:
+    def ours(self, ids: list[str], *, together: bool = True, **how: float) -> int:
         """Answer every prompt, the experts in turn; return the number of tokens."""
         pieces: list[Piece] = []
-        sampling = Sampling(max_tokens=self.arguments.answer_tokens, temperature=0)
+        sampling = Sampling(self.arguments.answer_tokens, **({"temperature": 0.0} | how))
         for prompt, id in zip(self.prompts.tolist(), itertools.cycle(ids)):
             experts = () if id == "base" else (id,)
             self.engine.submit(Ask(tuple(prompt), experts, (1.0,), sampling), pieces.append)
@@ -106,6 +106,10 @@ def rates(contest: Contest, rounds: int) -> dict[str, list[float]]:
     eight, one = contest.ids, contest.ids[:1]
     arms: dict[str, Callable[[], int]] = {
         "many experts": lambda: contest.ours(eight),
+        "many experts, drawn": lambda: contest.ours(eight, temperature=1.0),
+        "many experts, drawn from the likeliest": lambda: contest.ours(
+            eight, temperature=1.0, top_p=0.9
+        ),
         "one expert": lambda: contest.ours(one),
         "base": lambda: contest.ours(["base"]),
         "one by one": lambda: contest.ours(eight, together=False),
@@ -132,19 +136,29 @@ def in_process(part: Part, contest: Contest) -> None:
     many = middle["many experts"]
     for name, least in (("one expert", 0.85), ("one by one", 5.0)):
         part.figures.append(Figure(f"over {name}", many / middle[name], "x", at_least=least))
-    for name in ("base", "generate, one expert", "generate, merged", "generate, PEFT mixed"):
+    drawn = ("many experts, drawn", "many experts, drawn from the likeliest")
+    for name in (
+        *drawn,
+        "base",
+        "generate, one expert",
+        "generate, merged",
+        "generate, PEFT mixed",
+    ):
         part.figures.append(Figure(f"over {name}", many / middle[name], "x"))
     part.figures.insert(0, Figure("many experts, one batch", many, "tokens/s"))
     base = sum(p.nbytes for p in contest.engine.model.parameters())
     adapters = contest.engine.residents.num_bytes
-    rows = contest.engine._lora.num_bytes
+    rows = contest.engine.batch.lora.num_bytes
+    arguments = contest.arguments
+    longest = arguments.prompt_tokens + arguments.answer_tokens
+    kept = contest.engine.batch.cache.bytes_for(arguments.requests, longest)
     num = len(contest.ids)
     ratio = (base + adapters + rows) / (base + adapters / num + rows)
     part.figures += [
         Figure("memory of all experts over one", ratio, "x", at_most=1.3),
         Figure("adapters", adapters / 2**20, "MiB", note=f"{num} of them"),
         Figure("factors of the rows", rows / 2**20, "MiB"),
-        Figure("keys and values", contest.engine._cache.num_bytes / 2**20, "MiB"),
+        Figure("keys and values", kept / 2**20, "MiB"),
         Figure("base", base / 2**20, "MiB"),
     ]
 

@@ -57,6 +57,12 @@ def registered(folder: Path, eyes: Eyes, content: bytes | None, data: str, base:
     return ExpertRegistry(str(folder / "registry")).register(card, str(folder / "adapter"))
 
 
+def test_of_a_long_prompt_the_end_is_read(eyes: Eyes) -> None:
+    question = "Put these numbers in order: 3, 1, 2. " * 200
+    block = eyes.read(["Once upon a time. " * 2000 + question, question])
+    np.testing.assert_array_equal(block.hidden[0, 0], block.hidden[1, 0])
+
+
 def test_prototypes_come_back_from_a_file_or_are_read_from_the_data_now(
     tmp_path: Path, eyes: Eyes, prompts: Mapping[str, list[str]]
 ) -> None:

@@ -202,6 +202,9 @@ def test_who_answered_before_stays_while_it_is_nearly_as_good(
     first = asked(text, (prompts["order"][50], "1, 2, 3"))
     replayed = router.route_many([first])[0].scores["id-order"]
     assert replayed > router.route(asked(text)).scores["id-order"]
+    # An expert that is gone says nothing, and those before it are routed again.
+    stale = router.route(first, previous="id-gone")
+    assert stale.scores["id-order"] == pytest.approx(replayed, abs=1e-6)
 
 
 def test_more_experts_answer_only_where_the_base_is_not_ahead_of_them(
