@@ -335,4 +335,4 @@ def test_routes_are_those_of_whoever_decides(service: Service) -> None:
     with client_of(service.replica, router=router) as client:
         asked = body(model="moie", messages=[{"role": "user", "content": "sums"}])
         # A router that names somebody who is not there: said so, and nobody else answers.
-        expect_error(client.post(CHAT, json=asked), 503, "cannot be loaded")
+        expect_error(client.post(CHAT, json=asked), 503, "cannot answer now")
