@@ -30,6 +30,7 @@ def build(settings: ServeSettings) -> Application:
         num_replicas=1,
         # What is too much is refused by the ingress itself, in OpenAI's words.
         max_ongoing_requests=100_000,
+        **_gently(settings),
         ray_actor_options={"num_cpus": 0.1},
     )
     # All that the engines take on, and a batch more, of bodies on their way and of answers just
@@ -40,21 +41,26 @@ def build(settings: ServeSettings) -> Application:
     return ingress.bind(_engine(settings), router, settings.keys, settings.timeout_s, http)  # pyright: ignore
 
 
+def _gently(settings: ServeSettings) -> dict[str, float]:
+    """Let a new version stand beside the old one until it answers; the old one ends its answers."""
+    return {"max_surge_percent": 100, "graceful_shutdown_timeout_s": settings.timeout_s}
+
+
 def _engine(settings: ServeSettings) -> Application:
     ongoing = settings.max_rows + settings.max_waiting
     return serve.deployment(
         EngineReplica,
         name="engine",
         autoscaling_config=AutoscalingConfig(
-            min_replicas=1,
-            max_replicas=settings.max_engines,
+            min_replicas=settings.min_engines,
+            max_replicas=max(settings.min_engines, settings.max_engines),
             target_ongoing_requests=settings.max_rows,
         ),
         # The engine's own limit comes first: it refuses at once, where Serve would let wait.
         max_ongoing_requests=ongoing + 32,
         max_queued_requests=ongoing,
         health_check_period_s=5,
-        graceful_shutdown_timeout_s=settings.timeout_s,
+        **_gently(settings),
         ray_actor_options={
             "num_cpus": settings.num_cpus or 1,
             "num_gpus": int(settings.device.startswith("cuda")),
@@ -79,6 +85,8 @@ def _router(settings: ServeSettings) -> Application:
         ),
         max_ongoing_requests=16,
         max_queued_requests=2 * (settings.max_rows + settings.max_waiting),
+        health_check_period_s=5,
+        **_gently(settings),
         ray_actor_options={"num_cpus": settings.router_cpus or 1},
     ).bind(  # pyright: ignore
         settings.router,

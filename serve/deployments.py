@@ -5,6 +5,7 @@ import contextlib
 import logging
 import queue
 import threading
+import time
 from collections.abc import AsyncGenerator, Iterator
 from typing import Any
 
@@ -13,21 +14,24 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from sae_ray.chat import Message
-from sae_ray.errors import RequestError, SaeRayError, WorkError
-from sae_ray.experts.answers import Ask, Limits, Piece, Ticket
+from sae_ray.errors import ModelError, RequestError, SaeRayError, WorkError
+from sae_ray.experts.answers import Ask, Finish, Limits, Piece, Ticket
 from sae_ray.experts.engine import Engine
 from sae_ray.experts.following import Follower
 from sae_ray.experts.registry import ExpertRegistry
-from sae_ray.experts.router import Router
+from sae_ray.experts.router import Route, Router
 from sae_ray.lm import DTypeName
 from sae_ray.storage import storage_errors
 from sae_ray.threads import use_cores
-from serve.gateway import Answer, Backends, Gateway, Question, Route
+from serve.gateway import Answer, Backends, Gateway, Question
 from serve.keys import Keys
 from serve.meters import EngineMeters, Meters
 from serve.routes import HttpLimits, Ingress, create_app
 
 logger = logging.getLogger(__name__)
+
+_STUCK_AFTER_S = 120
+"""Of a single step: whoever waits for it has been told by then that there is no answer."""
 
 
 class EngineReplica:
@@ -68,7 +72,7 @@ class EngineReplica:
     async def answer(self, question: Question) -> Answer:
         """Return a whole answer."""
         prompt_tokens, pieces = 0, list[Piece]()
-        async with contextlib.aclosing(self.stream(question)) as parts:
+        async with contextlib.aclosing(self._parts(question, whole=True)) as parts:
             async for part in parts:
                 prompt_tokens = part.prompt_tokens
                 pieces += part.pieces
@@ -76,6 +80,12 @@ class EngineReplica:
 
     async def stream(self, question: Question) -> AsyncGenerator[Answer, None]:
         """Return an answer in parts; it is cancelled where nobody takes them any more."""
+        async with contextlib.aclosing(self._parts(question, whole=False)) as parts:
+            async for part in parts:
+                yield part
+
+    async def _parts(self, question: Question, *, whole: bool) -> AsyncGenerator[Answer, None]:
+        """Return an answer in parts, or as one part."""
         loop, ready = asyncio.get_running_loop(), asyncio.Event()
         pieces: queue.SimpleQueue[Piece] = queue.SimpleQueue()
 
@@ -84,6 +94,8 @@ class EngineReplica:
 
         def hand_over(piece: Piece) -> None:
             pieces.put(piece)
+            if piece.finish is None and (whole or ready.is_set()):
+                return  # each wake-up of the loop takes time from the engine
             # Whoever asked may have gone, and the loop with it: the engine goes on with the others.
             with contextlib.suppress(RuntimeError):
                 loop.call_soon_threadsafe(ready.set)
@@ -104,6 +116,7 @@ class EngineReplica:
                 part = [pieces.get() for _ in range(pieces.qsize())]
                 if part:
                     finish = part[-1].finish
+                    _require_whole(finish)
                     yield Answer(len(ticket.ask.ids), part)
         finally:
             gone.set()
@@ -130,7 +143,8 @@ class EngineReplica:
 
     def check_health(self) -> None:
         """Let Serve replace a replica whose engine does not step any more."""
-        if not all(thread.is_alive() for thread in self._threads):
+        stuck = time.monotonic() - self._engine.stepped_at > _STUCK_AFTER_S
+        if stuck or not all(thread.is_alive() for thread in self._threads):
             raise WorkError("the engine has stopped: see the replica's log; Serve starts another")
 
     def close(self) -> None:
@@ -138,6 +152,14 @@ class EngineReplica:
         self._stop.set()
         for thread in self._threads:
             thread.join()
+
+
+def _require_whole(finish: Finish | None) -> None:
+    """Refuse an answer that its engine has given up."""
+    if finish == "cancelled":
+        raise WorkError("the engine stopped before the answer was whole: ask another one")
+    if finish == "failed":
+        raise ModelError("the model cannot be run on this request: ask another expert")
 
 
 class RouterReplica:
@@ -172,7 +194,7 @@ class RouterReplica:
                 f"top_k={top_k} but {most} experts can be chosen from: give 1 to {most}",
                 param="moie.top_k",
             )
-        return await asyncio.to_thread(router.route, messages, previous=previous, top_k=top_k)  # pyright: ignore
+        return await asyncio.to_thread(router.route, messages, previous=previous, top_k=top_k)
 
     def _look_round(self) -> None:
         """Look into the registry now and then."""

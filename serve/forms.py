@@ -90,7 +90,7 @@ class Form:
 
 def _token(text: str, logprob: float) -> dict[str, JsonValue]:
     # Of a token that holds part of a character its text does not tell the bytes.
-    told = None if "\ufffd" in text else list(text.encode("utf-8", "replace"))
+    told: JsonValue = None if "\ufffd" in text else [*text.encode("utf-8", "replace")]
     return {"token": text, "logprob": logprob, "bytes": told}
 
 

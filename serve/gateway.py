@@ -6,8 +6,8 @@ import dataclasses
 import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
-from typing import Protocol, TypeVar
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from typing import TypeVar
 from urllib.parse import quote
 
 from pydantic import JsonValue
@@ -15,15 +15,19 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError, RayServeException
 
 from sae_ray.chat import Message
-from sae_ray.errors import BusyError, RequestError, SaeRayError
+from sae_ray.errors import BusyError, RequestError, SaeRayError, WorkError
 from sae_ray.experts.answers import Piece, Sampling
+from sae_ray.experts.router import Route
 from serve.meters import Meters
 from serve.schemas import BASE, MIXTURE, ApiError, RouteOptions
 
 logger = logging.getLogger(__name__)
 
-LOST = (RayActorError, RayServeException)
-"""What is raised where a replica is gone, or not yet there."""
+LOST = (RayActorError, RayServeException, WorkError)
+"""What is raised where a replica is gone, or not yet there, or its engine has stopped."""
+_AGAIN_AFTER_S = (0.0, 1.0, 5.0)
+"""Seconds before each time that another replica is asked; the last outlast a health check. No more
+often: a request that ends whoever answers it must not end them all."""
 _EXPERTS_FOR_S = 1.0
 _RETRY_AFTER_S = 1
 
@@ -54,54 +58,6 @@ class Answer:
     def text(self) -> str:
         """Return what it says."""
         return "".join(piece.text for piece in self.pieces)
-
-
-class Reason(Protocol):
-    """A latent that speaks for a route."""
-
-    @property
-    def latent(self) -> int:
-        """Which."""
-        ...
-
-    @property
-    def label(self) -> str:
-        """What it stands for."""
-        ...
-
-    @property
-    def contribution(self) -> float:
-        """How much it says."""
-        ...
-
-
-class Route(Protocol):
-    """What a router decides: experts with weights, none where the base is to answer."""
-
-    @property
-    def expert_ids(self) -> tuple[str, ...]:
-        """Who is to answer."""
-        ...
-
-    @property
-    def weights(self) -> tuple[float, ...]:
-        """Of each of them."""
-        ...
-
-    @property
-    def reasons(self) -> Sequence[Reason]:
-        """Why."""
-        ...
-
-    @property
-    def scores(self) -> Mapping[str, float]:
-        """Of every expert, by id."""
-        ...
-
-    @property
-    def abstained(self) -> bool:
-        """Whether nobody was sure enough."""
-        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,7 +121,7 @@ T = TypeVar("T")
 
 
 class Gateway:
-    """Chooses who answers, asks, asks once more where a replica was lost, and counts."""
+    """Chooses who answers, asks, asks again where a replica was lost, and counts."""
 
     def __init__(self, backends: Backends, meters: Meters, *, timeout_s: float) -> None:
         self._backends = backends
@@ -239,7 +195,6 @@ class Gateway:
         """
         started = time.perf_counter()
         answer = await self._patiently(lambda: self._backends.answer(question))
-        _require_finished(answer.pieces)
         self._meters.observe("answer", time.perf_counter() - started)
         self._meters.count_tokens(answer.prompt_tokens, answer.num_tokens)
         return answer
@@ -256,7 +211,6 @@ class Gateway:
             async for part in parts:
                 if not num_tokens:
                     self._meters.observe("first_token", time.perf_counter() - started)
-                _require_finished(part.pieces)
                 prompt_tokens = part.prompt_tokens
                 num_tokens += part.num_tokens
                 yield part
@@ -264,10 +218,9 @@ class Gateway:
         self._meters.count_tokens(prompt_tokens, num_tokens)
 
     async def _parts(self, question: Question) -> AsyncGenerator[Answer, None]:
-        """Begin on another replica where the first is lost before it has said anything."""
-        clock = asyncio.get_running_loop().time
-        deadline = clock() + self.timeout_s
-        retries, begun = 1, False
+        """Begin on another replica where one is lost before it has said anything."""
+        deadline = asyncio.get_running_loop().time() + self.timeout_s
+        pauses, begun = iter(_AGAIN_AFTER_S), False
         while True:
             try:
                 async with contextlib.aclosing(self._backends.stream(question)) as parts:
@@ -282,24 +235,33 @@ class Gateway:
             except BackPressureError as error:
                 raise told(error, self.timeout_s) from error
             except LOST as error:
-                if begun or not retries:
+                if begun or (pause := next(pauses, None)) is None:
                     raise told(error, self.timeout_s) from error
-                retries -= 1
+                await self._pause(pause, error)
             except (TimeoutError, SaeRayError, RayTaskError) as error:
                 raise told(error, self.timeout_s) from error
 
     async def _patiently(self, ask: Callable[[], Awaitable[T]]) -> T:
-        """Ask, within the time there is, and once more where a replica was lost."""
+        """Ask, within the time there is, and again where a replica was lost."""
+        pauses = iter(_AGAIN_AFTER_S)
         try:
             async with asyncio.timeout(self.timeout_s):
-                try:
-                    return await ask()
-                except BackPressureError:
-                    raise
-                except LOST:
-                    return await ask()
+                while True:
+                    try:
+                        return await ask()
+                    except BackPressureError:
+                        raise
+                    except LOST as error:
+                        if (pause := next(pauses, None)) is None:
+                            raise
+                        await self._pause(pause, error)
         except (TimeoutError, SaeRayError, RayTaskError, *LOST) as error:
             raise told(error, self.timeout_s) from error
+
+    async def _pause(self, seconds: float, error: BaseException) -> None:
+        self._meters.count_retry()
+        logger.warning("a replica was lost, another is asked: %s", type(error).__name__)
+        await asyncio.sleep(seconds)
 
 
 def told(error: BaseException, timeout_s: float) -> ApiError:
@@ -320,19 +282,10 @@ def told(error: BaseException, timeout_s: float) -> ApiError:
     logger.error("request %s failed: %s", request, type(error).__name__)
     logger.debug("request %s failed", request, exc_info=error)
     if isinstance(error, LOST):
-        return _lost()
+        return ApiError(
+            503, "the replica that answered is gone: ask again", retry_after_s=_RETRY_AFTER_S
+        )
     if isinstance(error, SaeRayError):
-        message = f"this expert cannot be loaded now (request {request}): ask another model"
+        message = f"this expert cannot answer now (request {request}): ask another model"
         return ApiError(503, message, retry_after_s=30)
     return ApiError(500, f"this is the server's mistake, and was logged (request {request})")
-
-
-def _lost() -> ApiError:
-    return ApiError(
-        503, "the replica that answered is gone: ask again", retry_after_s=_RETRY_AFTER_S
-    )
-
-
-def _require_finished(pieces: Sequence[Piece]) -> None:
-    if pieces[-1].finish == "cancelled":
-        raise _lost()

@@ -7,6 +7,7 @@ never stands for all of them:
     moie_abstentions_total            of these, how often it abstained
     moie_tokens_total{kind}           prompt and answer
     moie_refusals_total{status}       errors told, by HTTP status
+    moie_retries_total                times that another replica was asked, since one was lost
     moie_phase_s{phase}               seconds to a route, to the first token, to the whole answer
     moie_engine{of}                   rows, requests waiting, experts and bytes in memory
 """
@@ -31,6 +32,7 @@ class Meters:
         self._abstentions = Counter("moie_abstentions_total", "How often the router abstained.")
         self._tokens = Counter("moie_tokens_total", "Tokens read and answered.", ("kind",))
         self._refusals = Counter("moie_refusals_total", "Errors told.", ("status",))
+        self._retries = Counter("moie_retries_total", "Replicas asked in place of a lost one.")
         self._phases = Histogram("moie_phase_s", "Seconds of a phase.", _BOUNDS_S, ("phase",))
 
     def observe(self, phase: Phase, seconds: float) -> None:
@@ -53,6 +55,10 @@ class Meters:
     def count_refusal(self, status: int) -> None:
         """Count an error that was told."""
         self._refusals.inc(1, {"status": str(status)})
+
+    def count_retry(self) -> None:
+        """Count that another replica is asked, since one was lost."""
+        self._retries.inc(1)
 
 
 class EngineMeters:

@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from pydantic import JsonValue
+from pydantic.json_schema import JsonSchemaMode, models_json_schema
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
@@ -38,6 +39,7 @@ _PAGE_HEADERS = {
     "Cache-Control": "no-cache",
 }
 ROUTE_HEADER = "X-Moie-Route"
+_DEFINED = "#/components/schemas/{model}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -270,6 +272,7 @@ def create_app(ingress: Ingress) -> FastAPI:
 
     for path, (name, kind) in _PAGE.items():
         app.add_api_route(path, _file(UI / name, kind), include_in_schema=False)
+    _define_bodies(app)
     _tell_errors(app, ingress.meters)
     return app
 
@@ -286,8 +289,23 @@ def _file(path: Path, kind: str) -> Callable[[], Response]:
 
 
 def _body(model: type[BodyT]) -> dict[str, Any]:
-    schema = model.model_json_schema()
+    schema = {"$ref": _DEFINED.format(model=model.__name__)}
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+def _define_bodies(app: FastAPI) -> None:
+    """Let the OpenAPI document define the bodies that it refers to, which FastAPI does not read."""
+    plain = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        document = plain()
+        mode: JsonSchemaMode = "validation"
+        known = [(one, mode) for one in (ChatRequest, CompletionRequest, RouteRequest)]
+        _, defined = models_json_schema(known, ref_template=_DEFINED)
+        document.setdefault("components", {}).setdefault("schemas", {}).update(defined["$defs"])
+        return document
+
+    app.openapi = openapi
 
 
 def _tell_errors(app: FastAPI, meters: Meters) -> None:

@@ -34,7 +34,7 @@ from sae_ray.experts.batch import FORWARD_ERRORS, Batch, Row
 from sae_ray.experts.prompts import Prompts
 from sae_ray.experts.registry import Expert, ExpertRegistry
 from sae_ray.experts.residents import Resident, Residents, require_servable
-from sae_ray.experts.sampling import TextStream, choose, told
+from sae_ray.experts.sampling import TextStream, choose
 from sae_ray.lm import DTypeName
 
 logger = logging.getLogger(__name__)
@@ -109,12 +109,12 @@ class Engine:
         self._queueing = threading.Lock()
         self._wake = threading.Event()
         self._tokens = 0
+        self._left_out: set[str] = set()
+        """Experts in use that cannot be asked, which was said once of each."""
         self.stopped = False
         """Whether it steps no more, and takes nothing on."""
         self.stepped_at = time.monotonic()
         """When it last ended a step, or found nothing to do."""
-        self._left_out: set[str] = set()
-        """Experts in use that cannot be asked, which was said once of each."""
         self.experts: Mapping[str, Expert] = {}
         """The experts in use that can be asked, by name."""
         self.refresh()
@@ -346,18 +346,16 @@ class Engine:
         running.answered.append(token)
         top = running.ticket.ask.sampling.top_logprobs
         ended = token in self._ends
-        if top is not None and not ended:
-            at = running.text.length
-            running.text.untold.append(told(logits, token, at, top, self._backend))  # pyright: ignore
         text = "" if ended else running.text.add(token)
+        if top is not None and not ended:
+            running.text.note(logits, top)
         finish: Finish | None = "stop" if ended or running.text.stopped else None
         if finish is None and len(running.answered) >= running.max_tokens:
             finish = "length"
         if finish is None:
-            running.ticket.hand_over(Piece(text, 1, running.text.due(at_end=False)))
+            running.ticket.hand_over(Piece(text, 1, running.text.due()))
         else:
-            text += running.text.end()
-            self._finish(running, finish, text, running.text.due(at_end=True))
+            self._finish(running, finish, text + running.text.end(), running.text.due())
 
     def _finish(
         self, running: _Running, why: Finish, text: str = "", tokens: tuple[Token, ...] = ()

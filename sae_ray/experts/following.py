@@ -6,7 +6,7 @@ from sae_ray.errors import ConfigError, RegistryError, RequestError
 from sae_ray.experts.prototypes import prototypes_of
 from sae_ray.experts.registry import Expert, ExpertRegistry
 from sae_ray.experts.residents import require_servable
-from sae_ray.experts.router import Router
+from sae_ray.experts.router import Routed, Router
 
 logger = logging.getLogger(__name__)
 
@@ -37,8 +37,8 @@ class Follower:
         # New ones first: a router of nobody cannot be.
         for expert in (one for id, one in active.items() if id not in known):
             router = self._added(router, expert)
-        for id in known - set(active):
-            router = self._retired(router, id)
+        for gone in (one for one in self.router.experts if one.id not in active):
+            router = self._retired(router, gone)
         self.router = router
 
     def _added(self, router: Router, expert: Expert) -> Router:
@@ -51,12 +51,12 @@ class Follower:
             self._tell("nothing is routed to", f"{card.name}@{expert.version}", str(error))
             return router
 
-    def _retired(self, router: Router, id: str) -> Router:
+    def _retired(self, router: Router, gone: Routed) -> Router:
         try:
-            return router.retire(id)
+            return router.retire(gone.id)
         except (ConfigError, RegistryError) as error:
-            name = next(one.name for one in router.experts if one.id == id)
-            self._tell("the base answers in place of the retired", f"{name} ({id})", str(error))
+            who = f"{gone.name} ({gone.id})"
+            self._tell("the base answers in place of the retired", who, str(error))
             return router
 
     def _tell(self, what: str, who: str, why: str) -> None:

@@ -11,7 +11,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from sae_ray.adapters.latent import LatentConfig, LatentLayer
-from sae_ray.errors import BusyError, ModelError, RequestError
+from sae_ray.errors import BusyError, ConfigError, ModelError, RequestError
 from sae_ray.experts.card import ExpertCard
 from sae_ray.experts.registry import Expert, ExpertRegistry
 from sae_ray.experts.stacked import Factors, read_config, read_lora
@@ -117,7 +117,8 @@ class Residents:
 
         Raises:
             BusyError: those in use leave it no room.
-            RequestError: it cannot share a batch, or is larger than all the room there is.
+            RequestError: it cannot share a batch.
+            ConfigError: it is larger than all the room there is.
             RegistryError, ModelError: its files are not what was registered, or do not fit.
         """
         if (found := self._pinned(id)) is not None:
@@ -128,7 +129,7 @@ class Residents:
             resident = self._load(id)
             try:
                 self._make_room(resident.num_bytes)
-            except (BusyError, RequestError):
+            except (BusyError, ConfigError):
                 self._drop(resident)
                 raise
             resident.pins = 1
@@ -180,7 +181,7 @@ class Residents:
     def _make_room(self, size: int) -> None:
         """Evict who was not used for longest."""
         if size > self.max_bytes:
-            raise RequestError(
+            raise ConfigError(
                 f"this expert takes {size:,} bytes and all experts together may take "
                 f"{self.max_bytes:,}: raise adapter_memory_mb"
             )

@@ -55,21 +55,6 @@ def _nucleus(
     return torch.zeros_like(likely).scatter(-1, order, likeliest.where(before < top_p, 0))
 
 
-def told(
-    logits: Float[Tensor, " vocab"], chosen: int, offset: int, top: int, tokenizer: Tokenizer
-) -> Token:
-    """Return a chosen token with its logarithmic probability and the likeliest ones beside it."""
-    logprobs = logits.float().log_softmax(-1)
-    values, ids = logprobs.topk(min(top, len(logprobs)))
-    pairs = zip(ids.tolist(), values.tolist(), strict=True)
-    return Token(
-        text=_decode(tokenizer, chosen),
-        logprob=float(logprobs[chosen]),
-        offset=offset,
-        top=tuple((_decode(tokenizer, id), value) for id, value in pairs),
-    )
-
-
 def _decode(tokenizer: Tokenizer, id: int) -> str:
     return tokenizer.decode([id], skip_special_tokens=False)
 
@@ -88,32 +73,25 @@ class TextStream:
         """The last tokens that became text: the next ones are decoded behind them."""
         self._decoded = ""
         self._shown = 0
+        self._grown = (0, 0)
+        """Lengths before and after the last token."""
+        self._untold: list[Token] = []
+        self._ended = False
         self.stopped = False
         """Whether a stop string was met."""
-        self.untold: list[Token] = []
-        """Tokens with their probabilities, whose text is not shown yet."""
-
-    @property
-    def length(self) -> int:
-        """Return how many characters it has, shown or not."""
-        return len(self._decoded)
 
     def add(self, id: int) -> str:
         """Take the next token; return the text that can be shown from now on."""
         self._ids.append(id)
+        before = len(self._decoded)
         self._decoded += self._new_text()
+        self._grown = before, len(self._decoded)
         found = [at for one in self._stop if (at := self._decoded.find(one, self._shown)) >= 0]
         if found:
             self.stopped = True
             self._decoded = self._decoded[: min(found)]
             return self._show(len(self._decoded))
         return self._show(len(self._decoded) - self._kept_back())
-
-    def due(self, *, at_end: bool) -> tuple[Token, ...]:
-        """Take the tokens whose text is shown; those that a stop string cut off never are."""
-        begun = [at_end and not self.stopped or one.offset < self._shown for one in self.untold]
-        due, self.untold = self.untold[: sum(begun)], self.untold[sum(begun) :]
-        return tuple(due)
 
     def _new_text(self, *, last: bool = False) -> str:
         """Return what the last tokens add: nothing while they may be half a character.
@@ -127,8 +105,27 @@ class TextStream:
         self._from, self._to = self._to, len(self._ids)
         return text[len(before) :]
 
+    def note(self, logits: Float[Tensor, " vocab"], top: int) -> None:
+        """Keep the last token's probability at its place, and the `top` likeliest tokens there."""
+        logprobs = logits.float().log_softmax(-1)
+        values, ids = logprobs.topk(min(top, len(logprobs)))
+        text = _decode(self._tokenizer, self._ids[-1])
+        # The text may have grown by what was half a character before, too: that comes first.
+        offset = max(self._grown[0], self._grown[1] - len(text))
+        pairs = zip(ids.tolist(), values.tolist(), strict=True)
+        likeliest = tuple((_decode(self._tokenizer, id), value) for id, value in pairs)
+        self._untold.append(Token(text, float(logprobs[self._ids[-1]]), offset, likeliest))
+
+    def due(self) -> tuple[Token, ...]:
+        """Return the noted tokens whose text is shown by now; what a stop string cuts never is."""
+        begun = [one for one in self._untold if one.offset < self._shown]
+        due = self._untold if self._ended and not self.stopped else begun
+        self._untold = self._untold[len(due) :]
+        return tuple(due)
+
     def end(self) -> str:
         """Return what was kept back: there is no more to come."""
+        self._ended = True
         if not self.stopped:
             self._decoded += self._new_text(last=True)
         return self._show(len(self._decoded))

@@ -34,8 +34,10 @@ class ServeSettings(JobConfig):
     """What all experts in an engine's memory may take."""
     kv_memory_mb: float = Field(default=4096, gt=0)
     """What keys and values in an engine's memory may take; no prompt may be longer than that."""
+    min_engines: int = Field(default=1, ge=1)
+    """Engines at least; of two, one may be lost without a pause."""
     max_engines: int = Field(default=1, ge=1)
-    """Engines at most; there is always one."""
+    """Engines at most, no fewer than at least."""
     max_routers: int = Field(default=1, ge=1)
     """Routers at most; there is always one."""
     reload_s: float = Field(default=5.0, gt=0)

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -62,12 +63,13 @@ def service(job: Path, *flags: str) -> Iterator[str]:
     """
     command = [sys.executable, str(job), *flags, f"--port={_free_port()}"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        late = threading.Timer(_START_S, process.kill)
+        late, began = threading.Timer(_START_S, process.kill), time.monotonic()
         late.start()
         try:
             url = _address(process)
             if url is None:
-                why = "ended" if late.is_alive() else f"was not there after {_START_S:g} s"
+                soon = time.monotonic() - began < _START_S
+                why = "ended" if soon else f"was not there after {_START_S:g} s"
                 raise WorkError(
                     f"the service {why} ({' '.join(command[1:])}): its own words are above"
                 )

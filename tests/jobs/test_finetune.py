@@ -109,3 +109,12 @@ def test_the_smoke_configs_run_every_adapter_on_two_workers(
     weights = "model" if adapter == "full" else "adapter_model"
     tensors = load_file(out / "adapter" / f"{weights}.safetensors")
     assert all(tensor.numel() for tensor in tensors.values())
+
+
+def test_a_name_that_nobody_could_ask_for_is_refused_before_anything_is_trained(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("base", "moie"):
+        assert run(f"--name={name}", "--data=embedded", f"--out={tmp_path / 'out'}") == 2
+        assert f"--name='{name}': a service calls its base" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

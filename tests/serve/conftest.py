@@ -9,7 +9,9 @@ import pytest
 from starlette.testclient import TestClient
 
 from sae_ray.adapters.attach import AdapterSpec
+from sae_ray.chat import Message
 from sae_ray.experts.registry import ExpertRegistry
+from sae_ray.experts.router import Reason, Route
 from serve.deployments import EngineReplica, RouterReplica
 from serve.gateway import Backends, Gateway
 from serve.keys import Keys
@@ -18,43 +20,25 @@ from serve.routes import HttpLimits, Ingress, create_app
 from tests.made_experts import add_expert
 
 
-@dataclasses.dataclass(frozen=True)
-class KeywordReason:
-    latent: int
-    label: str
-    contribution: float
-
-
-@dataclasses.dataclass(frozen=True)
-class KeywordRoute:
-    expert_ids: tuple[str, ...]
-    weights: tuple[float, ...]
-    reasons: tuple[KeywordReason, ...]
-    scores: Mapping[str, float]
-    abstained: bool
-
-
 class KeywordRouter:
-    """Routes by a word of the last message: what a router looks like from outside."""
+    """Routes by a word of the last message, where a test is about what is made of a route."""
 
     def __init__(self, ids: Mapping[str, str]) -> None:
         self.ids = ids
         self.asked = 0
 
-    async def route(
-        self, messages: Sequence[Mapping[str, str]], previous: str | None, top_k: int
-    ) -> KeywordRoute:
+    async def route(self, messages: Sequence[Message], previous: str | None, top_k: int) -> Route:
         self.asked += 1
         await asyncio.sleep(0)
         said = messages[-1]["content"]
         found = [id for name, id in self.ids.items() if name in said]
-        if not found and previous in self.ids.values():
+        if not found and previous is not None and previous in self.ids.values():
             found = [previous]
         found = found[:top_k]
-        return KeywordRoute(
-            expert_ids=tuple(found),  # pyright: ignore
+        return Route(
+            expert_ids=tuple(found),
             weights=tuple(1 / len(found) for _ in found),
-            reasons=(KeywordReason(7, "says the word", 0.5),) if found else (),
+            reasons=(Reason(7, "says the word", 0.5),) if found else (),
             scores={id: float(id in found) for id in self.ids.values()},
             abstained=not found,
         )
@@ -95,7 +79,7 @@ def client_of(
         experts=replica.experts,
         answer=replica.answer,
         stream=replica.stream,
-        route=router and router.route,  # pyright: ignore
+        route=router and router.route,
     )
     gateway = Gateway(backends, meters, timeout_s=timeout_s)
     ingress = Ingress(gateway, keys or Keys(), limits or HttpLimits(), meters)

@@ -76,3 +76,14 @@ def test_places_grow_with_the_engines() -> None:
         built = build_app(build(settings), name="moie", route_prefix="/")
         (ingress,) = [one for one in built.deployments if one.name == "ingress"]
         assert ingress.init_args[-1]["max_ongoing"] == engines * (8 + 4) + 8
+
+
+@pytest.mark.parametrize("num_cpus", [None, 2])
+def test_an_engine_takes_of_the_cluster_what_it_was_given_to_compute_on(
+    num_cpus: int | None,
+) -> None:
+    built = build_app(build(ServeSettings(num_cpus=num_cpus)), name="moie", route_prefix="/")
+    (engine,) = [one for one in built.deployments if one.name == "engine"]
+    assert engine.init_args[-1] == num_cpus
+    assert engine.ray_actor_options is not None
+    assert engine.ray_actor_options["num_cpus"] == (num_cpus or 1)

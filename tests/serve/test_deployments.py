@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 from starlette.testclient import TestClient
 
 from sae_ray import tiny
@@ -61,8 +62,12 @@ def mixture(tmp_path: Path) -> Iterator[Mixture]:
     velan = ("velan", "", eyes.read(prompts["velan"][:40]))
     router = Router.fit(eyes, {id: velan}, background, mixed=True)
     router.save(str(tmp_path / "router"), "embedded", "embedded")
-    engine = EngineReplica(None, registry.path, LIMITS, "float32", "cpu", RELOAD_S, 1)
-    chooser = RouterReplica(str(tmp_path / "router"), None, None, registry.path, RELOAD_S, 1)
+    before = torch.get_num_threads()
+    engine = EngineReplica(None, registry.path, LIMITS, "float32", "cpu", RELOAD_S, 3)
+    assert torch.get_num_threads() == 3
+    chooser = RouterReplica(str(tmp_path / "router"), None, None, registry.path, RELOAD_S, 2)
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(before)
     with client_of(engine, router=chooser) as client:
         yield dataclasses.replace(setting, client=client)
     chooser.close()

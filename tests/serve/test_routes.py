@@ -373,7 +373,7 @@ def test_what_is_too_much_is_refused_at_once_and_the_rest_is_answered(service: S
     answered = [one.json()["choices"] for one in answers if one.status_code == 200]
     assert len(refused) + len(answered) == 24
     assert refused
-    assert len(answered) >= 8
+    assert len(answered) >= 4  # as many as may wait; more where rows were free by then
     assert all(one == answered[0] for one in answered)
     assert all(one.headers["retry-after"] == "1" for one in refused)
     expect_error(refused[0], 429, "ask again")

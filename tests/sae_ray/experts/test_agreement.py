@@ -51,19 +51,23 @@ def test_the_base_is_the_routers_own_unless_given(
     registry: ExpertRegistry, router: str, tmp_path: Path, llama: str
 ) -> None:
     add_expert(registry, "velan", LORA)
-    given = {"registry": registry.path, "router": router}
-    assert agreed(ServeSettings(**given)).lm == "embedded"
+    given = ServeSettings(registry=registry.path, router=router)
+
+    def agreed_with(**more: str) -> str | None:
+        return agreed(given.model_copy(update=more)).lm
+
+    assert agreed_with() == "embedded"
     # A copy of the base is as good as the base itself; another model or SAE is not.
     copy = shutil.copytree(locate_source("lm", "embedded"), tmp_path / "copy")
-    assert agreed(ServeSettings(**given, lm=str(copy))).lm == str(copy)
+    assert agreed_with(lm=str(copy)) == str(copy)
     with pytest.raises(ConfigError, match=f"another lm than {llama} holds"):
-        agreed(ServeSettings(**given, lm=llama))
+        agreed_with(lm=llama)
     sae = Path(shutil.copytree(locate_source("sae", "embedded"), tmp_path / "sae"))
-    agreed(ServeSettings(**given, sae=str(sae)))
+    agreed_with(sae=str(sae))
     about = json.loads((sae / "cfg.json").read_text())
     (sae / "cfg.json").write_text(json.dumps(about | {"changed": True}))
     with pytest.raises(ConfigError, match="another sae than"):
-        agreed(ServeSettings(**given, sae=str(sae)))
+        agreed_with(sae=str(sae))
 
 
 def test_experts_of_other_bases_are_refused_where_none_would_be_served(

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 
 from sae_ray.errors import ArtifactError, RegistryError, SaeRayError
@@ -215,3 +216,10 @@ def test_files_that_were_damaged_are_mended_by_registering_again(
         registry.verify("maths")
     registry.register(card_of(adapter), str(adapter))
     assert registry.verify("maths").version == 1
+
+
+@pytest.mark.parametrize("name", ["base", "moie"])
+def test_no_expert_is_called_what_a_service_calls_its_own(adapter: Path, name: str) -> None:
+    with pytest.raises(ValidationError, match="a service calls its base and its mixture"):
+        card_of(adapter, name=name)
+    assert card_of(adapter, name=f"{name}d").name == f"{name}d"
