@@ -396,6 +396,7 @@ def test_an_answer_is_stopped(page: Page) -> None:
     page.keyboard.press("Escape")
     expect(page.locator(".note")).to_have_text("stopped")
     expect(page.locator("#send")).to_be_enabled()
+    page.get_by_role("button", name="New conversation").click()
     assert ask(page, "Hello", tokens=2).locator(".wrong").count() == 0
 
 
