@@ -83,10 +83,11 @@ def backends(tmp_path_factory: pytest.TempPathFactory, prompts: Prompts) -> Iter
     router = Router.fit(eyes, known, nobodys, labels=labels)
     router.save(str(folder / "router"), "embedded", "embedded")
     limits = {"max_rows": 4, "max_waiting": 4, "prefill_tokens": 512, "adapter_memory_mb": 10.0}
-    engine = EngineReplica(None, registry.path, limits, "float32", "cpu", 0.5)
-    chooser = RouterReplica(str(folder / "router"), None, None)
+    engine = EngineReplica(None, registry.path, limits, "float32", "cpu", 0.5, None)
+    chooser = RouterReplica(str(folder / "router"), None, None, registry.path, 0.5, None)
     yield Backends(engine.experts, engine.answer, engine.stream, chooser.route, chooser.read)
     engine.close()
+    chooser.close()
 
 
 @contextmanager
@@ -108,7 +109,7 @@ def serving(backends: Backends, keys: Keys) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def url(backends: Backends) -> Iterator[str]:
-    with serving(backends, Keys(None)) as url:
+    with serving(backends, Keys()) as url:
         yield url
 
 
