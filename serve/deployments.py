@@ -18,12 +18,13 @@ from sae_ray.errors import ModelError, RequestError, SaeRayError, WorkError
 from sae_ray.experts.answers import Ask, Finish, Limits, Piece, Ticket
 from sae_ray.experts.engine import Engine
 from sae_ray.experts.following import Follower
+from sae_ray.experts.prototypes import requests
 from sae_ray.experts.registry import ExpertRegistry
 from sae_ray.experts.router import Route, Router
 from sae_ray.lm import DTypeName
 from sae_ray.storage import storage_errors
 from sae_ray.threads import use_cores
-from serve.gateway import Answer, Backends, Gateway, Question
+from serve.gateway import Answer, Backends, Gateway, Question, ReadToken
 from serve.keys import Keys
 from serve.meters import EngineMeters, Meters
 from serve.routes import HttpLimits, Ingress, create_app
@@ -196,6 +197,15 @@ class RouterReplica:
             )
         return await asyncio.to_thread(router.route, messages, previous=previous, top_k=top_k)
 
+    async def read(self, messages: list[Message], latents: list[int]) -> list[ReadToken]:
+        """Return the last request's tokens, each with those of these latents that are on there."""
+        last = "".join(requests(messages)[-1:])
+        trace = await asyncio.to_thread(self._follower.router.eyes.trace, last, latents)
+        return [
+            ReadToken(text, {latents[i]: float(values[i]) for i in values.nonzero()[0]})
+            for text, values in zip(trace.texts, trace.latents, strict=True)
+        ]
+
     def _look_round(self) -> None:
         """Look into the registry now and then."""
         while not self._stop.wait(self._reload_s):
@@ -267,9 +277,14 @@ def backends_of(engine: DeploymentHandle, router: DeploymentHandle | None) -> Ba
         assert router is not None
         return await asked(router.route, messages, previous, top_k)
 
+    async def read(messages: list[Message], latents: list[int]) -> list[ReadToken]:
+        assert router is not None
+        return await asked(router.read, messages, latents)
+
     return Backends(
         experts=lambda: asked(engine.experts),
         answer=lambda question: asked(engine.answer, question),
         stream=streamed,
         route=None if router is None else routed,
+        read=None if router is None else read,
     )

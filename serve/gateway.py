@@ -61,6 +61,16 @@ class Answer:
 
 
 @dataclasses.dataclass(frozen=True)
+class ReadToken:
+    """A token of a request, as the router reads it."""
+
+    text: str
+    """Empty where an earlier token shows the character that both are parts of."""
+    activations: dict[int, float]
+    """Of the latents asked for, those that are on."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Backends:
     """The engine and the router, in this process or as deployments."""
 
@@ -71,6 +81,8 @@ class Backends:
     """Part after part of it."""
     route: Callable[[list[Message], str | None, int], Awaitable[Route]] | None
     """None where there is no router: then nobody can ask the mixture."""
+    read: Callable[[list[Message], list[int]], Awaitable[list[ReadToken]]] | None
+    """The last request's tokens with some latents; None where there is no router."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +96,8 @@ class Chosen:
     """Set where a router chose."""
     known: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """Names of all experts that can be asked, by id."""
+    tokens: Sequence[ReadToken] | None = None
+    """Of the last request, with the latents of the reasons; None where nobody asked for them."""
 
     @property
     def header(self) -> str:
@@ -114,7 +128,18 @@ class Chosen:
                 for one, score in route.scores.items()
                 if one == BASE or one in self.known
             },
+            **self._told_tokens,
         }
+
+    @property
+    def _told_tokens(self) -> dict[str, JsonValue]:
+        if self.tokens is None:
+            return {}
+        told: list[JsonValue] = [
+            {"text": one.text, "activations": {str(n): z for n, z in one.activations.items()}}
+            for one in self.tokens
+        ]
+        return {"tokens": told}
 
 
 T = TypeVar("T")
@@ -186,6 +211,15 @@ class Gateway:
         weights = tuple(weight / sum(present.values()) for weight in present.values())
         self._meters.count_route(chosen, abstained=not chosen)
         return Chosen(tuple(present), weights, chosen, made, names)
+
+    async def read(self, messages: list[Message], chosen: Chosen) -> Chosen:
+        """Add to a decision what its reasons read at each token of the last request."""
+        read, route = self._backends.read, chosen.route
+        assert read is not None, "whoever routes can read"
+        assert route is not None, "only a router has reasons"
+        latents = [reason.latent for reason in route.reasons]
+        tokens = await self._patiently(lambda: read(messages, latents))
+        return dataclasses.replace(chosen, tokens=tokens)
 
     async def answer(self, question: Question) -> Answer:
         """Return a whole answer.

@@ -28,6 +28,7 @@ UI = Path(__file__).parent / "ui"
 _PAGE = {
     "/": ("index.html", "text/html"),
     "/ui/page.js": ("page.js", "text/javascript"),
+    "/ui/why.js": ("why.js", "text/javascript"),
     "/ui/page.css": ("page.css", "text/css"),
 }
 _PAGE_HEADERS = {
@@ -242,6 +243,8 @@ def create_app(ingress: Ingress) -> FastAPI:
         async with ingress.admitted(request):
             asked = await ingress.read(request, RouteRequest)
             chosen = await gateway.route(asked.plain, asked.moie)
+            if asked.tokens:
+                chosen = await gateway.read(asked.plain, chosen)
         return JSONResponse(
             {"object": "route", **chosen.told}, headers={ROUTE_HEADER: chosen.header}
         )

@@ -229,6 +229,8 @@ class RouteRequest(_Strict):
 
     messages: list[ChatMessage] = Field(min_length=1, max_length=2048)
     moie: RouteOptions = RouteOptions()
+    tokens: bool = False
+    """Whether to add the last request's tokens, each with what the reasons' latents read there."""
 
     @property
     def plain(self) -> list[Message]:

@@ -73,7 +73,8 @@ def read_learnt(settings: FinetuneSettings, data: str, lm: str, staging: str) ->
         retain = read_examples(settings.retain, tokenizer, **limits).rows
     general = _general(settings, tokenizer, staging)
     material = Material(train, held, general, retain, settings.max_tokens)
-    texts = [_text_of(row, tokenizer) for row in train[:_NUM_SHOWN]]
+    shown = train[:: -(-len(train) // _NUM_SHOWN)]  # from all over: neighbours are much alike
+    texts = [_text_of(row, tokenizer) for row in shown]
     return Learnt(material, found.rejected, texts)
 
 

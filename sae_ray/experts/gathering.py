@@ -9,7 +9,7 @@ from rich.text import Text
 
 from sae_ray.curate.block import IndexBlock
 from sae_ray.curate.sources import EMBEDDED, fingerprint, locate_source
-from sae_ray.errors import ConfigError, ModelError
+from sae_ray.errors import ConfigError, ModelError, RegistryError
 from sae_ray.experts.fitting import Kind
 from sae_ray.experts.prototypes import Eyes, draw_prompts, prototypes_of
 from sae_ray.experts.registry import ExpertRegistry
@@ -68,9 +68,15 @@ def sources_of(registry: ExpertRegistry, lm: str | None, sae: str | None) -> tup
     """Return base and SAE: those given, or those that the cards of the experts in use name.
 
     Raises:
+        RegistryError: there is no expert in use.
         ConfigError: they name none, or several.
     """
     cards = [one.card for one in registry.active()]
+    if not cards:
+        raise RegistryError(
+            f"the registry {registry.path} holds no expert in use: a router needs one or more; "
+            "train one with jobs/finetune.py, or activate one with jobs/registry.py"
+        )
     lm = lm or _only("lm", [card.base for card in cards])
     read_with = [str(card.prototypes["sae"]) for card in cards if card.prototypes]
     return lm, sae or (EMBEDDED if lm == EMBEDDED else _only("sae", read_with))

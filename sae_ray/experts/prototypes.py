@@ -20,7 +20,7 @@ from sae_ray import tiny
 from sae_ray.artifacts import locate
 from sae_ray.chat import Conversation
 from sae_ray.curate.block import IndexBlock
-from sae_ray.curate.scorer import LatentScorer, ScorerConfig
+from sae_ray.curate.scorer import LatentScorer, ScorerConfig, Trace
 from sae_ray.curate.sources import EMBEDDED, fingerprint, locate_source
 from sae_ray.errors import PoolError, RegistryError
 from sae_ray.experts.card import ADAPTER
@@ -71,6 +71,11 @@ class Eyes:
         asked = [Conversation("", [{"role": "user", "content": one}]) for one in ends]
         with self._reading:
             return _strongest(self.scorer(asked, range(len(asked))).block)
+
+    def trace(self, prompt: str, latents: Sequence[int]) -> Trace:
+        """Read a prompt as `read` does, and return these latents at each of its tokens."""
+        asked = Conversation("", [{"role": "user", "content": prompt}])
+        return self.scorer.traces([asked], np.asarray(latents, dtype=np.int64))[0]
 
 
 def requests(messages: Sequence[Mapping[str, str]]) -> list[str]:

@@ -1,11 +1,13 @@
-"use strict";
-
 // One page: a conversation, answered by one or two models side by side, each with its route.
 
-const NONE = "";
+import { showRoute, showTokens } from "./why.js";
+
+const NOBODY = "";
+const TITLES = { moie: "Mixture (moie)", base: "Base", [NOBODY]: "nobody" };
 const at = (id) => document.getElementById(id);
-const turns = []; // {question, answers: {left, right}, experts: {left, right}}
-let halting = null;
+const titleOf = (model) => TITLES[model] ?? model;
+let turns = []; // {question, texts: {left, right}, experts: {left, right}}
+let asking = null; // what stops the answers in progress
 
 function headers() {
   const key = at("key").value.trim();
@@ -13,70 +15,50 @@ function headers() {
 }
 
 function say(text, wrong = false) {
-  at("status").textContent = text;
+  at("status").textContent = wrong ? `Error: ${text}` : text;
   at("status").classList.toggle("wrong", wrong);
 }
 
-async function fail(response) {
+async function ask(path, body, signal) {
+  const how = body && { method: "POST", body: JSON.stringify(body) };
+  const response = await fetch(path, { ...how, headers: headers(), signal }).catch((error) => {
+    if (error.name === "AbortError") throw error;
+    throw new Error("the service cannot be reached");
+  });
+  if (response.ok) return response;
+  if (response.status === 401) at("settings").open = true;
   const told = await response.json().catch(() => null);
   throw new Error(told?.error?.message ?? `the service answered ${response.status}`);
 }
 
 async function listModels() {
   try {
-    const response = await fetch("/v1/models", { headers: headers() });
-    if (!response.ok) await fail(response);
-    const names = (await response.json()).data.map((model) => model.id);
+    const names = (await (await ask("/v1/models")).json()).data.map((model) => model.id);
     fill(at("left"), names, names[0]);
-    fill(at("right"), [NONE, ...names], names[0] === "base" ? NONE : "base");
+    fill(at("right"), [NOBODY, ...names], names[0] === "base" ? NOBODY : "base");
     say("");
   } catch (error) {
     say(error.message, true);
   }
 }
 
-function fill(select, names, chosen) {
-  const kept = select.value;
-  select.replaceChildren(...names.map((name) => new Option(name || "nobody", name)));
-  select.value = names.includes(kept) && kept !== NONE ? kept : chosen;
+function fill(select, names, preset) {
+  const kept = select.selectedIndex >= 0 ? select.value : preset;
+  select.replaceChildren(...names.map((name) => new Option(titleOf(name), name)));
+  select.value = names.includes(kept) ? kept : preset;
 }
 
 function messages(side, question) {
-  const said = turns.flatMap((turn) => [
-    { role: "user", content: turn.question },
-    { role: "assistant", content: turn.answers[side] ?? turn.answers.left },
+  const said = turns.flatMap(({ question, texts }) => [
+    { role: "user", content: question },
+    { role: "assistant", content: texts[side] ?? texts.left ?? texts.right },
   ]);
   return [...said, { role: "user", content: question }];
 }
 
-function card(model) {
-  const article = at("answer").content.firstElementChild.cloneNode(true);
-  article.querySelector(".name").textContent = model;
-  return article;
-}
-
-function showRoute(article, route) {
-  const names = route.experts.map((one) => one.name);
-  const line = article.querySelector(".route");
-  if (route.chosen_by === "client") {
-    line.textContent = names.length ? "asked by name" : "the base, without any expert";
-    return;
-  }
-  line.textContent = names.length ? `sent to ${names.join(" and ")}` : "no expert is sure: the base answers";
-  const rows = route.reasons.map((reason) => {
-    const row = document.createElement("tr");
-    for (const value of [reason.latent, reason.label, reason.contribution.toFixed(3)]) {
-      row.appendChild(document.createElement("td")).textContent = value;
-    }
-    return row;
-  });
-  article.querySelector("tbody").replaceChildren(...rows);
-  article.querySelector("table").hidden = !rows.length;
-  const scores = Object.entries(route.scores).sort((a, b) => b[1] - a[1]);
-  article.querySelector(".scores").textContent =
-    scores.map(([name, score]) => `${name} ${score.toFixed(3)}`).join(", ");
-  article.querySelector(".why").hidden = false;
-  article.querySelector(".why").open = rows.length > 0;
+function options(side, model) {
+  const previous = model === "moie" && turns.at(-1)?.experts[side];
+  return previous ? { moie: { previous } } : {};
 }
 
 async function* readEvents(response) {
@@ -96,79 +78,112 @@ async function* readEvents(response) {
   }
 }
 
+function note(article, text, wrong = false) {
+  const line = document.createElement("p");
+  line.textContent = wrong ? `Error: ${text}` : text;
+  line.className = wrong ? "wrong" : "note";
+  article.querySelector(".text").after(line);
+}
+
+// Stream one answer into its card; what goes wrong is shown there.
 async function answer(side, model, question, article, signal) {
-  const text = article.querySelector(".text");
-  const previous = turns.at(-1)?.experts[side];
-  const body = {
-    model,
-    messages: messages(side, question),
-    temperature: Number(at("temperature").value),
-    max_tokens: Number(at("tokens").value),
-    stream: true,
-    ...(model === "moie" && previous && { moie: { previous } }),
-  };
-  const said = { text: "", expert: null };
+  const said = { side, article, text: "", route: null, asked: messages(side, question) };
+  const number = (id) => (at(id).value === "" ? undefined : Number(at(id).value));
+  const how = { temperature: number("temperature"), max_tokens: number("tokens"), stream: true };
+  said.options = options(side, model);
   try {
-    const request = { method: "POST", headers: headers(), body: JSON.stringify(body), signal };
-    const response = await fetch("/v1/chat/completions", request);
-    if (!response.ok) await fail(response);
-    for await (const event of readEvents(response)) {
+    const body = { model, messages: said.asked, ...how, ...said.options };
+    for await (const event of readEvents(await ask("/v1/chat/completions", body, signal))) {
       if (event.error) throw new Error(event.error.message);
-      if (event.route) {
-        showRoute(article, event.route);
-        said.expert = event.route.experts[0]?.id ?? null;
-      }
+      if (event.route) showRoute(article, (said.route = event.route));
       said.text += event.choices[0]?.delta.content ?? "";
-      text.textContent = said.text;
+      article.querySelector(".text").textContent = said.text;
+      if (event.choices[0]?.finish_reason === "length") note(article, "cut off: no more tokens were allowed");
     }
   } catch (error) {
-    const told = error.name === "AbortError" ? "stopped" : error.message;
-    const line = article.appendChild(document.createElement("p"));
-    line.className = "wrong";
-    line.textContent = told;
+    if (error.name === "AbortError") note(article, "stopped");
+    else note(article, error.message, true);
   }
   return said;
+}
+
+// Ask once more, after the answers, what the router read where: no answer waits for it.
+async function explain({ article, route, asked, options }) {
+  if (!route?.reasons?.length) return;
+  try {
+    const body = { messages: asked, ...options, tokens: true };
+    showTokens(article, route.reasons, (await (await ask("/v1/route", body)).json()).tokens);
+  } catch (error) {
+    article.querySelector(".case").after(Object.assign(document.createElement("p"), {
+      className: "wrong", textContent: `Error: the request cannot be shown shaded: ${error.message}` }));
+  }
+}
+
+function lay(question, sides) {
+  const heading = Object.assign(document.createElement("h2"), { className: "question", textContent: question });
+  heading.dir = "auto";
+  const pair = Object.assign(document.createElement("div"), { className: "pair" });
+  const cards = sides.map((side) => {
+    const article = at("answer").content.firstElementChild.cloneNode(true);
+    article.querySelector(".name").textContent = titleOf(at(side).value);
+    return pair.appendChild(article);
+  });
+  at("turns").append(heading, pair);
+  heading.scrollIntoView();
+  return cards;
+}
+
+function busy(on) {
+  at("turns").ariaBusy = String(on);
+  at("send").disabled = on;
+  at("halt").disabled = !on;
 }
 
 async function send(event) {
   event.preventDefault();
   const question = at("question").value;
-  if (!question.trim() || halting) return;
-  halting = new AbortController();
-  at("send").disabled = true;
-  at("halt").disabled = false;
-  say("answering");
-  const sides = ["left", "right"].filter((side) => at(side).value !== NONE);
-  const asked = document.createElement("h2");
-  asked.className = "question";
-  asked.textContent = question;
-  const pair = document.createElement("div");
-  pair.className = "pair";
-  const cards = sides.map((side) => pair.appendChild(card(at(side).value)));
-  at("turns").append(asked, pair);
-  const jobs = sides.map((side, i) =>
-    answer(side, at(side).value, question, cards[i], halting.signal));
-  const said = await Promise.all(jobs);
-  const by = (pick) => Object.fromEntries(sides.map((side, i) => [side, pick(said[i])]));
-  turns.push({ question, answers: by((one) => one.text), experts: by((one) => one.expert) });
-  halting = null;
-  at("send").disabled = false;
-  at("halt").disabled = true;
-  at("question").value = "";
-  at("question").focus();
+  if (!question.trim() || asking || at("left").selectedIndex < 0) return;
+  const mine = (asking = new AbortController());
+  busy(true);
+  say("Answering …");
+  const sides = ["left", "right"].filter((side) => at(side).value !== NOBODY);
+  const cards = lay(question, sides);
+  const said = await Promise.all(sides.map((side, i) =>
+    answer(side, at(side).value, question, cards[i], mine.signal)));
+  if (asking !== mine) return; // a new conversation was begun
+  asking = null;
+  busy(false);
+  const told = said.filter((one) => one.text);
+  const by = (pick) => Object.fromEntries(told.map((one) => [one.side, pick(one)]));
+  if (told.length) {
+    turns.push({ question, texts: by((one) => one.text), experts: by((one) => one.route.experts[0]?.id) });
+    at("question").value = "";
+  }
+  say(told.length ? "Answered." : "");
+  at("question").focus({ preventScroll: true });
+  said.forEach(explain);
+}
+
+function begin() {
+  asking?.abort();
+  asking = null;
+  turns = [];
+  at("turns").replaceChildren();
+  busy(false);
   say("");
+  at("question").focus();
+  listModels();
 }
 
 at("ask").addEventListener("submit", send);
 at("question").addEventListener("keydown", (event) => {
-  if (event.key === "Enter" && !event.shiftKey) send(event);
+  if (event.key === "Enter" && !event.shiftKey && !event.isComposing) send(event);
 });
-at("halt").addEventListener("click", () => halting?.abort());
-at("anew").addEventListener("click", () => {
-  halting?.abort();
-  turns.length = 0;
-  at("turns").replaceChildren();
+document.addEventListener("keydown", (event) => {
+  if (event.key === "Escape") asking?.abort();
 });
+at("halt").addEventListener("click", () => asking?.abort());
+at("anew").addEventListener("click", begin);
 at("key").addEventListener("change", listModels);
 at("who").addEventListener("submit", (event) => event.preventDefault());
 listModels();

@@ -108,10 +108,9 @@ def test_a_registry_without_experts_in_use_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     line = [f"--registry={tmp_path / 'none'}", f"--out={tmp_path / 'router'}"]
-    assert run(*line) == 2
-    assert "give --lm" in capsys.readouterr().err
-    assert run(*line, "--lm=embedded") == 2
-    assert "no expert to route to" in capsys.readouterr().err
+    for more in ([], ["--lm=embedded"], ["--lm=embedded", "--sae=embedded"]):
+        assert run(*line, *more) == 2
+        assert f"{tmp_path / 'none'} holds no expert in use" in capsys.readouterr().err
     assert not (tmp_path / "router").exists()
 
 

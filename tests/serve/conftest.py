@@ -13,7 +13,7 @@ from sae_ray.chat import Message
 from sae_ray.experts.registry import ExpertRegistry
 from sae_ray.experts.router import Reason, Route
 from serve.deployments import EngineReplica, RouterReplica
-from serve.gateway import Backends, Gateway
+from serve.gateway import Backends, Gateway, ReadToken
 from serve.keys import Keys
 from serve.meters import Meters
 from serve.routes import HttpLimits, Ingress, create_app
@@ -42,6 +42,12 @@ class KeywordRouter:
             scores={id: float(id in found) for id in self.ids.values()},
             abstained=not found,
         )
+
+    async def read(
+        self, messages: Sequence[Mapping[str, str]], latents: Sequence[int]
+    ) -> list[ReadToken]:
+        words = messages[-1]["content"].split()
+        return [ReadToken(word, {n: 2.0 for n in latents if word in self.ids}) for word in words]
 
 
 @dataclasses.dataclass
@@ -80,6 +86,7 @@ def client_of(
         answer=replica.answer,
         stream=replica.stream,
         route=router and router.route,
+        read=router and router.read,
     )
     gateway = Gateway(backends, meters, timeout_s=timeout_s)
     ingress = Ingress(gateway, keys or Keys(), limits or HttpLimits(), meters)

@@ -90,6 +90,13 @@ def test_the_mixture_says_who_answers_and_why_and_the_answer_is_that_experts(
     decided = service.client.post("/v1/route", json={"messages": messages})
     assert decided.json() == {"object": "route"} | routed["route"]
     assert decided.headers["x-moie-route"] == "rivers"
+    read = service.client.post("/v1/route", json={"messages": messages, "tokens": True}).json()
+    tokens = read.pop("tokens")
+    assert read == decided.json()
+    assert tokens == [
+        {"text": "about", "activations": {}},
+        {"text": "rivers", "activations": {"7": 2.0}},
+    ]
 
 
 def test_the_mixture_stays_with_the_base_or_with_who_answered_before(service: Service) -> None:
@@ -413,11 +420,11 @@ def test_the_page_comes_with_a_policy_that_lets_nothing_else_in(service: Service
     policy = page.headers["content-security-policy"]
     assert "default-src 'none'" in policy
     assert "unsafe" not in policy
-    assert "<script src=" in page.text
+    assert '<script type="module" src="/ui/page.js">' in page.text
     assert "style=" not in page.text
     assert " on" + "click" not in page.text
     assert "http://" not in page.text.replace("http://www.w3.org", "")
-    for path in ("/ui/page.js", "/ui/page.css"):
+    for path in ("/ui/page.js", "/ui/why.js", "/ui/page.css"):
         assert service.client.get(path).status_code == 200
 
 

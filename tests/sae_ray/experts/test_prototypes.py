@@ -36,6 +36,16 @@ def test_requests_are_what_the_user_asks_before_each_reply() -> None:
     assert requests([turn("system", "Be kind")]) == []
 
 
+def test_a_trace_tells_where_in_a_prompt_its_latents_are_on(eyes: Eyes) -> None:
+    prompt = "Put these in order:\n9, 2, 5"
+    block = eyes.read([prompt])
+    trace = eyes.trace(prompt, block.latents.tolist())
+    assert "".join(trace.texts) == prompt
+    assert trace.latents.shape == (block.n_tokens[0, 0], STRONGEST)
+    np.testing.assert_allclose(trace.latents.mean(axis=0), block.means[:, 0], rtol=1e-4)
+    assert eyes.trace("", [7]).texts == []
+
+
 def registered(folder: Path, eyes: Eyes, content: bytes | None, data: str, base: str) -> Expert:
     (folder / "adapter").mkdir(parents=True)
     save_file({"lora_A": torch.ones(2, 3)}, folder / "adapter" / "adapter_model.safetensors")
