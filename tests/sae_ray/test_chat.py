@@ -1,6 +1,7 @@
 """What of a rendered chat somebody said, for the templates that models come with."""
 
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
