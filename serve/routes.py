@@ -249,6 +249,18 @@ def create_app(ingress: Ingress) -> FastAPI:
             {"object": "route", **chosen.told}, headers={ROUTE_HEADER: chosen.header}
         )
 
+    _tell_models(app, ingress)
+    for path, (name, kind) in _PAGE.items():
+        app.add_api_route(path, _file(UI / name, kind), include_in_schema=False)
+    _define_bodies(app)
+    _tell_errors(app, ingress.meters)
+    return app
+
+
+def _tell_models(app: FastAPI, ingress: Ingress) -> None:
+    """Say who can be asked, and whether the service is up."""
+    gateway = ingress.gateway
+
     @app.get("/v1/models")
     async def models(request: Request) -> Response:
         ingress.require_key(request)
@@ -272,12 +284,6 @@ def create_app(ingress: Ingress) -> FastAPI:
     async def readyz() -> Response:
         await gateway.experts()
         return JSONResponse({"status": "ready"})
-
-    for path, (name, kind) in _PAGE.items():
-        app.add_api_route(path, _file(UI / name, kind), include_in_schema=False)
-    _define_bodies(app)
-    _tell_errors(app, ingress.meters)
-    return app
 
 
 def _model(name: str) -> dict[str, JsonValue]:

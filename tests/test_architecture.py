@@ -220,7 +220,8 @@ def test_tests_mirror_the_tree():
         parts = Path(name).parts
         if parts[1] in SHIPPED and Path(name).name.startswith("test_"):
             source = ROOT.joinpath(*parts[1:-1], Path(name).stem.removeprefix("test_"))
-            if not source.is_dir() and not source.with_suffix(".py").exists():
+            suffix = ".js" if "ui" in parts else ".py"
+            if not source.is_dir() and not source.with_suffix(suffix).exists():
                 offenders.append(f"{name} has no {source.relative_to(ROOT)}.py")
         if Path(name).name == "__init__.py":
             offenders.append(f"{name}: tests are no package")
