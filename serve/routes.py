@@ -246,6 +246,18 @@ def create_app(ingress: Ingress) -> FastAPI:
             {"object": "route", **chosen.told}, headers={ROUTE_HEADER: chosen.header}
         )
 
+    _add_lookups(app, ingress)
+    for path, (name, kind) in _PAGE.items():
+        app.add_api_route(path, _file(UI / name, kind), include_in_schema=False)
+    _define_bodies(app)
+    _tell_errors(app, ingress.meters)
+    return app
+
+
+def _add_lookups(app: FastAPI, ingress: Ingress) -> None:
+    """Say who can be asked, and whether anybody can."""
+    gateway = ingress.gateway
+
     @app.get("/v1/models")
     async def models(request: Request) -> Response:
         ingress.require_key(request)
@@ -269,12 +281,6 @@ def create_app(ingress: Ingress) -> FastAPI:
     async def readyz() -> Response:
         await gateway.experts()
         return JSONResponse({"status": "ready"})
-
-    for path, (name, kind) in _PAGE.items():
-        app.add_api_route(path, _file(UI / name, kind), include_in_schema=False)
-    _define_bodies(app)
-    _tell_errors(app, ingress.meters)
-    return app
 
 
 def _model(name: str) -> dict[str, JsonValue]:
