@@ -249,7 +249,7 @@ def create_app(ingress: Ingress) -> FastAPI:
             {"object": "route", **chosen.told}, headers={ROUTE_HEADER: chosen.header}
         )
 
-    _tell_models(app, ingress)
+    _add_lookups(app, ingress)
     for path, (name, kind) in _PAGE.items():
         app.add_api_route(path, _file(UI / name, kind), include_in_schema=False)
     _define_bodies(app)
@@ -257,8 +257,8 @@ def create_app(ingress: Ingress) -> FastAPI:
     return app
 
 
-def _tell_models(app: FastAPI, ingress: Ingress) -> None:
-    """Say who can be asked, and whether the service is up."""
+def _add_lookups(app: FastAPI, ingress: Ingress) -> None:
+    """Say who can be asked, and whether anybody can."""
     gateway = ingress.gateway
 
     @app.get("/v1/models")
