@@ -203,7 +203,7 @@ class World:
             name: add_expert(self.registry, name, spec, lm=lm, seed=k, size=0.05).id
             for k, name in enumerate(DOMAINS)
         }
-        limits = Limits(self.arguments.max_rows, self.arguments.max_waiting)
+        limits = Limits(self.arguments.max_rows, max(32, self.arguments.max_waiting))
         self.engine = Engine(None if lm == EMBEDDED else lm, self.registry.path, limits=limits)
         self.router = self._router() if lm == EMBEDDED else None
         self.bodies = list(self._long_answers())
