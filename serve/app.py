@@ -35,7 +35,7 @@ def build(settings: ServeSettings) -> Application:
     )
     # All that the engines take on, and a batch more, of bodies on their way and of answers just
     # ended: what is beyond is refused before it is read or routed.
-    most = settings.max_engines * (settings.max_rows + settings.max_waiting) + settings.max_rows
+    most = settings.most_engines * (settings.max_rows + settings.max_waiting) + settings.max_rows
     http = {"max_body_bytes": int(settings.max_body_mb * 2**20), "max_ongoing": most}
     router = None if settings.router is None else _router(settings)
     return ingress.bind(_engine(settings), router, settings.keys, settings.timeout_s, http)  # pyright: ignore
@@ -53,7 +53,7 @@ def _engine(settings: ServeSettings) -> Application:
         name="engine",
         autoscaling_config=AutoscalingConfig(
             min_replicas=settings.min_engines,
-            max_replicas=max(settings.min_engines, settings.max_engines),
+            max_replicas=settings.most_engines,
             target_ongoing_requests=settings.max_rows,
         ),
         # The engine's own limit comes first: it refuses at once, where Serve would let wait.

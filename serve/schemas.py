@@ -212,6 +212,13 @@ class CompletionRequest(_Common):
     @property
     def one_prompt(self) -> str | list[int]:
         """Return the prompt, which must be one."""
+        of_tokens = isinstance(self.prompt, list) and isinstance(next(iter(self.prompt), ""), int)
+        if self.model == MIXTURE and of_tokens:
+            raise ApiError(
+                400,
+                f"prompt: {MIXTURE} chooses by text: give text, or name who is to answer",
+                param="prompt",
+            )
         match self.prompt:
             case str() | [int(), *_]:
                 return self.prompt  # pyright: ignore[reportReturnType]

@@ -17,7 +17,7 @@ import openai
 import psutil
 
 ROOT = Path(__file__).parents[1]
-DEADLINE_S = 300
+DEADLINE_S = 400
 
 
 def free_port() -> int:
@@ -112,8 +112,10 @@ class Load:
 
     def __post_init__(self) -> None:
         self._stop = threading.Event()
-        self._client = openai.OpenAI(base_url=self.url, api_key="none", max_retries=0, timeout=200)
-        self._raw = httpx.Client(base_url=self.url, timeout=200)
+        self._client = openai.OpenAI(
+            base_url=self.url, api_key="none", max_retries=0, timeout=DEADLINE_S
+        )
+        self._raw = httpx.Client(base_url=self.url, timeout=DEADLINE_S)
         self.known = {model: self._ask(model) for model in self.asked}
 
     @contextlib.contextmanager

@@ -37,7 +37,7 @@ class ServeSettings(JobConfig):
     min_engines: int = Field(default=1, ge=1)
     """Engines at least; of two, one may be lost without a pause."""
     max_engines: int = Field(default=1, ge=1)
-    """Engines at most, no fewer than at least."""
+    """Engines at most, where that is more."""
     max_routers: int = Field(default=1, ge=1)
     """Routers at most; there is always one."""
     reload_s: float = Field(default=5.0, gt=0)
@@ -55,3 +55,8 @@ class ServeSettings(JobConfig):
     """Address to listen on; beyond loopback it needs keys."""
     port: int = Field(default=8000, ge=1, le=65535)
     """Port to listen on."""
+
+    @property
+    def most_engines(self) -> int:
+        """Return how many engines there may be."""
+        return max(self.min_engines, self.max_engines)

@@ -30,9 +30,15 @@ def mixture(
 
 @pytest.fixture(scope="module")
 def flags(mixture: Mixture, tiny_lm_of: Callable[[str], Path]) -> list[str]:
-    """The mixture on two engines that take half a CPU each."""
+    """The mixture on two engines; with time for replicas to start on a busy machine."""
     where = [f"--lm={tiny_lm_of('llama')}", f"--registry={mixture.registry}"]
-    return [*where, f"--router={mixture.router}", "--min_engines=2", "--num_cpus=0.5"]
+    return [
+        *where,
+        f"--router={mixture.router}",
+        "--min_engines=2",
+        "--num_cpus=1",
+        "--timeout_s=300",
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -101,36 +107,33 @@ def test_the_controller_is_lost_and_an_engine_after_it(service: Service, load: L
 
 
 TWO_NODES = """
-import os, sys, threading, time
-import psutil
+import contextlib, os, sys
+from ray import serve
 from ray.cluster_utils import Cluster
 sys.path.insert(0, {root!r})
 from sae_ray.config import run_job
 from sae_ray.experts.settings import ServeSettings
-from serve.running import main
+from serve.app import build
+from serve.running import NAME, running
 
-# Room for the ingress and two of the three others: the last one waits for the second node.
-cluster = Cluster(
-    initialize_head=True, head_node_args={{"num_cpus": 1.1, "include_dashboard": False}}
-)
+# Room for one engine, the router and the ingress: another engine has to go to the second node.
+head = {{"num_cpus": 3, "include_dashboard": False}}
+cluster = Cluster(initialize_head=True, head_node_args=head)
 os.environ["RAY_ADDRESS"] = cluster.address
 
 
-def is_up(deployment):
-    family = psutil.Process().children(recursive=True)
-    return any(f"ServeReplica:moie:{{deployment}}" in " ".join(one.cmdline()) for one in family)
+def main(settings):
+    with running(settings) as url, contextlib.suppress(KeyboardInterrupt):
+        second = cluster.add_node(num_cpus=1)
+        serve.run(build(settings.model_copy(update={{"min_engines": 2}})), name=NAME)
+        sys.stdout.write(f"serving at {{url}}\\n")
+        sys.stdout.flush()
+        sys.stdin.readline()
+        cluster.remove_node(second, allow_graceful=False)
+        cluster.add_node(num_cpus=1)
+        sys.stdin.readline()
 
 
-def add_and_lose():
-    while not is_up("ingress"):
-        time.sleep(0.1)
-    second = cluster.add_node(num_cpus=0.5)
-    sys.stdin.readline()
-    cluster.remove_node(second, allow_graceful=False)
-    cluster.add_node(num_cpus=0.5)
-
-
-threading.Thread(target=add_and_lose, daemon=True).start()
 code = run_job(main, ServeSettings, sys.argv[1:])
 cluster.shutdown()
 sys.exit(code)
@@ -140,7 +143,8 @@ sys.exit(code)
 def test_a_node_without_the_ingress_is_lost(flags: list[str], tmp_path: Path) -> None:
     script = tmp_path / "two_nodes.py"
     script.write_text(TWO_NODES.format(root=str(ROOT)))
-    with serving(tmp_path, flags, script=script) as service:
+    alone = [flag for flag in flags if not flag.startswith("--min_engines")]
+    with serving(tmp_path, alone, script=script) as service:
         load = Load(service.url, {"moie": prompts("rivers", 1)[0], "sums": prompts("sums", 1)[0]})
         before = {one.pid for one in service.actors("ServeReplica:moie:")}
         assert len(before) == 4

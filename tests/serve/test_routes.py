@@ -137,6 +137,8 @@ def test_completions_go_on_with_text_or_tokens(service: Service) -> None:
     expect_error(two, 400, "2 prompts", param="prompt")
     alien = service.client.post("/v1/completions", json=asked | {"prompt": [-1]})
     expect_error(alien, 400, "none of 0 to", param="prompt")
+    unread = service.client.post("/v1/completions", json=asked | {"model": "moie", "prompt": [5]})
+    expect_error(unread, 400, "chooses by text", param="prompt")
 
 
 BAD: dict[str, tuple[dict[str, Any], int, str]] = {

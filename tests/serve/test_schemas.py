@@ -75,19 +75,23 @@ def test_what_the_document_allows_and_what_it_does_not(
     client: TestClient, api: Any, mode: GenerationMode
 ) -> None:
     def ask(case: schemathesis.Case) -> None:
-        if isinstance(case.body, dict):
+        if isinstance(case.body, dict) and "model" in case.body:
             case.body.setdefault("max_tokens", 2)  # else each answer is as long as the context
             if isinstance(case.body.get("model"), str):
                 known = (*MODELS, case.body["model"])  # a name at random is nobody's
                 case.body["model"] = known[len(case.body["model"]) % len(known)]
         asked = case.as_transport_kwargs(base_url="http://127.0.0.1")
         asked.pop("cookies", None)
+        if isinstance(asked.get("data"), str | bytes):  # httpx has another name for it
+            asked["content"] = asked.pop("data")
         response = client.request(**asked)
         require_sound(response)
         seen.add((case.operation.label, response.status_code))
 
     seen: set[tuple[str, int]] = set()
     for operation in (one.ok() for one in api.get_all_operations()):
+        if mode is GenerationMode.NEGATIVE and operation.method == "get":
+            continue  # there is nothing to get wrong
         EXAMPLES(given(operation.as_strategy(generation_mode=mode))(ask))()
     asked = {f"POST {path}" for path in BODIES}
     if mode is GenerationMode.POSITIVE:
