@@ -403,7 +403,7 @@ def test_an_answer_is_stopped(page: Page) -> None:
 
 def test_a_key_is_asked_for_and_taken(browser: Browser, backends: Backends, tmp_path: Path) -> None:
     key = add_key(str(tmp_path / "keys"), "test")
-    keys = Keys.load(str(tmp_path / "keys"))
+    keys = Keys(str(tmp_path / "keys"))
     with serving(backends, keys) as url, opened(browser, url, num_models=0) as page:
         expect(page.locator("#status")).to_contain_text("Error: no key that is known here")
         page.get_by_label("API key").fill(key)
