@@ -4,6 +4,8 @@ serve run serve.app:build registry=/data/experts router=/data/router
 serve deploy serve/config.yaml
 """
 
+from typing import Any
+
 from ray import serve
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig
@@ -41,7 +43,7 @@ def build(settings: ServeSettings) -> Application:
     return ingress.bind(_engine(settings), router, settings.keys, settings.timeout_s, http)  # pyright: ignore
 
 
-def _gently(settings: ServeSettings) -> dict[str, float]:
+def _gently(settings: ServeSettings) -> dict[str, Any]:
     """Let a new version stand beside the old one until it answers; the old one ends its answers."""
     return {"max_surge_percent": 100, "graceful_shutdown_timeout_s": settings.timeout_s}
 

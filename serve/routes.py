@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
-from pydantic import JsonValue
+from pydantic import BaseModel, JsonValue
 from pydantic.json_schema import JsonSchemaMode, models_json_schema
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
@@ -309,7 +309,9 @@ def _define_bodies(app: FastAPI) -> None:
     def openapi() -> dict[str, Any]:
         document = plain()
         mode: JsonSchemaMode = "validation"
-        known = [(one, mode) for one in (ChatRequest, CompletionRequest, RouteRequest)]
+        known: list[tuple[type[BaseModel], JsonSchemaMode]] = [
+            (one, mode) for one in (ChatRequest, CompletionRequest, RouteRequest)
+        ]
         _, defined = models_json_schema(known, ref_template=_DEFINED)
         document.setdefault("components", {}).setdefault("schemas", {}).update(defined["$defs"])
         return document

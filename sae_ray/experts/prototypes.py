@@ -18,7 +18,7 @@ from safetensors.numpy import load, save
 
 from sae_ray import tiny
 from sae_ray.artifacts import locate
-from sae_ray.chat import Conversation
+from sae_ray.chat import Conversation, Message
 from sae_ray.curate.block import IndexBlock
 from sae_ray.curate.scorer import LatentScorer, ScorerConfig, Trace
 from sae_ray.curate.sources import EMBEDDED, fingerprint, locate_source
@@ -78,7 +78,11 @@ class Eyes:
         return self.scorer.traces([asked], np.asarray(latents, dtype=np.int64))[0]
 
 
-def requests(messages: Sequence[Mapping[str, str]]) -> list[str]:
+Turns = Sequence[Message | Mapping[str, str]]
+"""Of a conversation, in order."""
+
+
+def requests(messages: Turns) -> list[str]:
     """Return what the user asked before each reply, in order; system turns and replies left out."""
     found: list[list[str]] = [[]]
     for message in messages:

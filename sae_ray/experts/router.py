@@ -27,7 +27,7 @@ from sae_ray.curate.sources import describe_source
 from sae_ray.curate.space import HiddenSpace
 from sae_ray.errors import ArtifactError, ConfigError, RegistryError
 from sae_ray.experts.fitting import Classifier, Fitted, Kind, Units, fit, unclaimed
-from sae_ray.experts.prototypes import Eyes, requests
+from sae_ray.experts.prototypes import Eyes, Turns, requests
 
 KIND = "router"
 BASE = "base"
@@ -164,7 +164,7 @@ class Router:
 
     def route(
         self,
-        messages: Sequence[Mapping[str, str]],
+        messages: Turns,
         *,
         previous: str | None = None,
         top_k: int = 1,
@@ -184,7 +184,7 @@ class Router:
 
     def route_many(
         self,
-        conversations: Sequence[Sequence[Mapping[str, str]]],
+        conversations: Sequence[Turns],
         *,
         previous: Sequence[str | None] | None = None,
         top_k: int = 1,

@@ -210,8 +210,11 @@ def measure_answers(folder: Path, num: int, part: Part) -> None:
         pq.write_table(pool.take(rows), folder / f"{name}.parquet")
         settings = FinetuneSettings(
             data=str(folder / f"{name}.parquet"),
-            **{"num_epochs": 6, "held_out_rows": 32, "micro_rows": 16},
-            **{"num_workers": 0, "general_rows": 0},
+            num_epochs=6,
+            held_out_rows=32,
+            micro_rows=16,
+            num_workers=0,
+            general_rows=0,
         )
         maker = ExpertMaker(settings, str(folder / name), name=name)
         for _ in maker.make():

@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from measure import Figure, Part, log, spread
@@ -64,7 +65,7 @@ class Contest:
         self.engine._ends = frozenset()  # answers of one length
         self._models: dict[str, torch.nn.Module] = {}
 
-    def ours(self, ids: list[str], *, together: bool = True, **how: float) -> int:
+    def ours(self, ids: list[str], *, together: bool = True, **how: Any) -> int:
         """Answer every prompt, the experts in turn; return the number of tokens."""
         pieces: list[Piece] = []
         sampling = Sampling(self.arguments.answer_tokens, **({"temperature": 0.0} | how))

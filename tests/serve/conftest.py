@@ -43,9 +43,7 @@ class KeywordRouter:
             abstained=not found,
         )
 
-    async def read(
-        self, messages: Sequence[Mapping[str, str]], latents: Sequence[int]
-    ) -> list[ReadToken]:
+    async def read(self, messages: Sequence[Message], latents: Sequence[int]) -> list[ReadToken]:
         words = messages[-1]["content"].split()
         return [ReadToken(word, {n: 2.0 for n in latents if word in self.ids}) for word in words]
 

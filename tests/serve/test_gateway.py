@@ -19,7 +19,7 @@ QUESTION = Question("Write a query", (), (), Sampling(temperature=0.0, max_token
 @pytest.fixture
 def stopped(tiny_lm_of: Callable[[str], Path]) -> EngineReplica:
     """An engine that has stopped, before anybody has noticed."""
-    limits = {"max_rows": 1, "max_waiting": 1}
+    limits = {"max_rows": 1.0, "max_waiting": 1.0}
     replica = EngineReplica(str(tiny_lm_of("llama")), None, limits, "float32", "cpu", 0.2, 1)
     replica.close()
     return replica
@@ -33,6 +33,7 @@ def gateway_before(*replicas: EngineReplica) -> Gateway:
         answer=lambda question: next(turns).answer(question),
         stream=lambda question: next(turns).stream(question),
         route=None,
+        read=None,
     )
     return Gateway(backends, Meters(), timeout_s=30)
 
