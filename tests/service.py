@@ -76,6 +76,7 @@ def serving(folder: Path, flags: Sequence[str], *, script: Path | None = None) -
         process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
         )
+    assert process.stdin is not None
     assert process.stdout is not None
     try:
         for line in process.stdout:
@@ -86,7 +87,7 @@ def serving(folder: Path, flags: Sequence[str], *, script: Path | None = None) -
         yield Service(f"http://127.0.0.1:{port}/v1", process, log)
     finally:
         process.send_signal(signal.SIGINT)
-        with process.stdout:
+        with process.stdin, process.stdout:
             process.stdout.read()
         assert process.wait(DEADLINE_S) == 0, log.read_text()[-3000:]
 
