@@ -68,7 +68,8 @@ class Contest:
     def ours(self, ids: list[str], *, together: bool = True, **how: Any) -> int:
         """Answer every prompt, the experts in turn; return the number of tokens."""
         pieces: list[Piece] = []
-        sampling = Sampling(self.arguments.answer_tokens, **({"temperature": 0.0} | how))
+        how.setdefault("temperature", 0.0)
+        sampling = Sampling(self.arguments.answer_tokens, **how)
         for prompt, id in zip(self.prompts.tolist(), itertools.cycle(ids)):
             experts = () if id == "base" else (id,)
             self.engine.submit(Ask(tuple(prompt), experts, (1.0,), sampling), pieces.append)
