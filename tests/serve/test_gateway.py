@@ -19,7 +19,7 @@ QUESTION = Question("Write a query", (), (), Sampling(temperature=0.0, max_token
 @pytest.fixture
 def stopped(tiny_lm_of: Callable[[str], Path]) -> EngineReplica:
     """An engine that has stopped, before anybody has noticed."""
-    limits = {"max_rows": 1.0, "max_waiting": 1.0}
+    limits: dict[str, float] = {"max_rows": 1, "max_waiting": 1}
     replica = EngineReplica(str(tiny_lm_of("llama")), None, limits, "float32", "cpu", 0.2, 1)
     replica.close()
     return replica
