@@ -38,7 +38,7 @@ def running(settings: ServeSettings) -> Iterator[str]:
             # Serve gives up later than the service itself, which says so in OpenAI's words.
             until_s = settings.timeout_s + 30
             options = HTTPOptions(host=settings.host, port=settings.port, request_timeout_s=until_s)
-            serve.start(http_options=options)
+            serve.start(proxy_location="HeadOnly", http_options=options)
         try:
             require_address(settings)
             with _deployed(application):
