@@ -119,6 +119,13 @@ class Load:
         self._raw = httpx.Client(base_url=self.url, timeout=DEADLINE_S)
         self.known = {model: self._ask(model) for model in self.asked}
 
+    def __enter__(self) -> "Load":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._client.close()
+        self._raw.close()
+
     @contextlib.contextmanager
     def running(self, *, whole: int = 3, streams: int = 2) -> Iterator[None]:
         """Ask until the block is left."""

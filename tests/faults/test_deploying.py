@@ -42,9 +42,9 @@ def test_deployed_from_its_file_and_again_without_a_failed_request(
         service = Service(f"http://127.0.0.1:{port}/v1", process, tmp_path / "head.log")
         wait_until(lambda: all(map(service.replicas, PARTS)), "replicas of every part")
         wait_until(service.answers, "an answer")
-        load = Load(service.url, {"moie": prompts("rivers", 1)[0], "sums": prompts("sums", 1)[0]})
+        asked = {"moie": prompts("rivers", 1)[0], "sums": prompts("sums", 1)[0]}
         before = {part: {one.pid for one in service.replicas(part)} for part in PARTS}
-        with load.running():
+        with Load(service.url, asked) as load, load.running():
             load.wait_for(4)
             application["args"] |= {"max_waiting": 16, "router_cpus": 1, "max_body_mb": 2}
             deploy(tmp_path, config, url, environment)

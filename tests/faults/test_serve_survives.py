@@ -48,10 +48,11 @@ def service(tmp_path_factory: pytest.TempPathFactory, flags: list[str]) -> Itera
 
 
 @pytest.fixture(scope="module")
-def load(service: Service) -> Load:
+def load(service: Service) -> Iterator[Load]:
     """What is asked while parts are lost: of the mixture, an expert and the base."""
     asked = {"moie": prompts("rivers", 1)[0], "sums": prompts("sums", 1)[0], "base": "Write a"}
-    return Load(service.url, asked)
+    with Load(service.url, asked) as load:
+        yield load
 
 
 def lose(service: Service, load: Load, title: str, victims: list[psutil.Process]) -> None:
@@ -144,8 +145,11 @@ sys.exit(code)
 def test_a_node_without_the_ingress_is_lost(flags: list[str], tmp_path: Path) -> None:
     script = tmp_path / "two_nodes.py"
     script.write_text(TWO_NODES.format(root=str(ROOT)))
-    with serving(tmp_path, flags, script=script) as service:
-        load = Load(service.url, {"moie": prompts("rivers", 1)[0], "sums": prompts("sums", 1)[0]})
+    asked = {"moie": prompts("rivers", 1)[0], "sums": prompts("sums", 1)[0]}
+    with (
+        serving(tmp_path, flags, script=script) as service,
+        Load(service.url, asked) as load,
+    ):
         before = {one.pid for one in service.actors("ServeReplica:moie:")}
         assert len(before) == 4
         with load.running():
