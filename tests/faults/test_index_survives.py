@@ -135,7 +135,7 @@ sys.exit(code)
 """
 
 
-@pytest.mark.parametrize("what", ["keep", "lose"])
+@pytest.mark.parametrize("what", ["lose", pytest.param("keep", marks=pytest.mark.soak)])
 def test_two_nodes_give_the_same_bytes_even_when_one_is_lost(
     settings: IndexSettings, expected: tuple[str, bytes], tmp_path: Path, what: str
 ) -> None:

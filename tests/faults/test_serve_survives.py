@@ -142,6 +142,7 @@ sys.exit(code)
 """
 
 
+@pytest.mark.soak
 def test_a_node_without_the_ingress_is_lost(flags: list[str], tmp_path: Path) -> None:
     script = tmp_path / "two_nodes.py"
     script.write_text(TWO_NODES.format(root=str(ROOT)))
