@@ -539,7 +539,7 @@ def test_a_token_that_is_part_of_a_character_has_no_bytes_of_its_own(service: Se
 
 def test_what_went_wrong_is_logged_by_its_kind_alone(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("DEBUG", logger="serve.gateway")
-    secret = "/home/somebody/experts"
+    secret = "/data/somebody/experts"
     failed = told(RegistryError(f"{secret}/x is missing: restore it"), 1)
     assert failed.status == 503
     cause = ZeroDivisionError(secret)
