@@ -31,6 +31,7 @@ from sae_ray.distributed.repeats import find_repeats
 from sae_ray.distributed.train import train_parts
 from sae_ray.explain.label_settings import LabelSettings
 from sae_ray.explain.labelling import Labelling
+from sae_ray.explain.steered import SpecialSteering
 from sae_ray.explain.trackers import Trackers, flat
 from sae_ray.explain.training import TrainedSAE, TrainingPage, examples
 from sae_ray.lm import LanguageModel, load_config
@@ -159,32 +160,38 @@ class SAERun:
         ]
         points = sorted({spec.hook_point for spec in self.specs})
         model = LanguageModel.load(self.lm, points, dtype=self.settings.dtype, device=device)
+        whole = None
+        if instances and (self.settings.splice or self.settings.steer_prompts):
+            whole = WholeModel.load(self.lm, dtype=self.settings.dtype, device=device)
         quality = dict.fromkeys(self._names)
         if instances:
-            quality = self._measured(model, encoders, instances)
+            quality = self._measured(model, whole, encoders, instances)
         else:
             self.warnings.append("no row is held out: nothing was measured; raise held_out_share")
         for name, one in quality.items():
             text = json.dumps(one.to_json() if one else None, indent=1)
             write_atomically(f"{self.path}/{name}/quality.json", text.encode())
         trained: list[TrainedSAE] = []
+        prompts = reader.held_out_prompts(task.slices, self.settings.steer_prompts)
+        steered = SpecialSteering(model, whole, reader.tokenizer, instances, prompts)
         for number, spec in enumerate(self.specs):
-            yield "labelling", number, len(self.specs), spec.name
+            yield "looking at latents", number, len(self.specs), spec.name
             labels = self._label(spec.name, scratch)
-            shown = examples(model, encoders[spec.name], instances, task.reader().tokenizer, labels)
-            trained.append(TrainedSAE(spec, quality[spec.name], shown))
+            shown = examples(model, encoders[spec.name], instances, reader.tokenizer, labels)
+            pushed = steered(encoders[spec.name], quality[spec.name], labels)
+            trained.append(TrainedSAE(spec, quality[spec.name], shown, pushed))
         yield "writing", 0, 1, ""
         self._write(task, trained)
 
     def _measured(
         self,
         model: LanguageModel,
+        whole: WholeModel | None,
         encoders: dict[str, LatentEncoder],
         instances: list[Lanes],
     ) -> dict[str, Quality | None]:
         quality: dict[str, Quality | None] = dict(measure_saes(model, encoders, instances))
-        if self.settings.splice:
-            whole = WholeModel.load(self.lm, dtype=self.settings.dtype, device=model.device)
+        if self.settings.splice and whole:
             for name, cost in recovered(whole, encoders, batches_of(instances, 2048)).items():
                 one = quality[name]
                 assert one is not None

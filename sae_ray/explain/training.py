@@ -12,6 +12,7 @@ from pydantic import JsonValue
 from sae_ray.chat import ChatTokenizer
 from sae_ray.explain.filled import fill
 from sae_ray.explain.shading import ShadedText, to_html
+from sae_ray.explain.steered import SteeredLatent
 from sae_ray.lm import LanguageModel
 from sae_ray.sae.activations import read_sequences
 from sae_ray.sae.encoder import LatentEncoder
@@ -49,6 +50,8 @@ class TrainedSAE:
     spec: SAESpec
     quality: Quality | None
     examples: list[Example]
+    steered: Sequence[SteeredLatent] = ()
+    """Latents of special tokens, pushed."""
 
     @property
     def parts(self) -> list[str]:

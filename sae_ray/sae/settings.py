@@ -102,6 +102,9 @@ class TrainSettings(JobConfig):
     """Share of unreadable rows past which the job stops; they are listed with reasons."""
     label_conversations: int = Field(default=0, ge=0)
     """Conversations in which every SAE's latents are looked at and labelled; 0 for no labels."""
+    steer_prompts: int = Field(default=0, ge=0)
+    """Held-out questions that the model answers while the latents of special tokens are pushed,
+    beside a random and an unrelated direction and the opposite; 0 for none."""
     trackers: list[Literal["tensorboard", "wandb", "mlflow"]] = []
     """Where curves go beside the report: `tensorboard` in a folder beside the output's, of its name
     and -tensorboard, wandb and mlflow as their own environment variables say. If one fails,
@@ -127,6 +130,10 @@ class TrainSettings(JobConfig):
             raise ValueError(
                 "--label_conversations needs conversations and regime bt_p reads text: leave it "
                 "out, and label the SAEs with jobs/label_latents.py"
+            )
+        if self.steer_prompts and self.regime == "bt_p":
+            raise ValueError(
+                "--steer_prompts needs conversations and regime bt_p reads text: leave it out"
             )
         return self
 

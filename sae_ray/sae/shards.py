@@ -10,12 +10,13 @@ without any template.
 import dataclasses
 import functools
 import hashlib
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from sae_ray.chat import ChatTokenizer, Conversation
+from sae_ray.chat import ChatTokenizer, Conversation, Message
 from sae_ray.errors import PoolError
 from sae_ray.rows import MAX_CHARS, BadRow, Rejected, count_reasons, excerpt, to_conversation
 from sae_ray.sae.activations import Shard
@@ -122,12 +123,26 @@ class InstanceReader:
     def held_out(self, slices: Sequence[Slice], num_rows: int) -> list[Lanes]:
         """Return held-out instances from all over some slices, about so many."""
         instances: list[Lanes] = []
-        # Not the first: a pool is often one source behind the other.
-        for part in (slices[i] for i in np.random.default_rng(0).permutation(len(slices))):
+        for part in _from_all_over(slices):
             if len(instances) >= num_rows:
                 break
             instances += self._read(part, held_out=True)
         return instances[:num_rows]
+
+    def held_out_prompts(self, slices: Sequence[Slice], num_rows: int) -> list[list[Message]]:
+        """Return what held-out conversations say before the first answer, of about so many."""
+        prompts: list[list[Message]] = []
+        for part in _from_all_over(slices):
+            for row in read_texts(part, plain_text=self.plain_text):
+                if len(prompts) >= num_rows:
+                    return prompts
+                if isinstance(row, Rejected) or not self.is_held_out(row.conversation.id):
+                    continue
+                said = row.conversation.messages
+                prompt = list(itertools.takewhile(lambda one: one["role"] != "assistant", said))
+                if len(prompt) < len(said) and prompt and prompt[-1]["role"] == "user":
+                    prompts.append(prompt)
+        return prompts
 
     def state_dict(self) -> dict[str, Any]:
         """Return what was read and what could not be, in plain values."""
@@ -180,3 +195,8 @@ class InstanceReader:
                 f"{len(self.rejected)} of the first {num_rows} rows cannot be read ({reasons}): at "
                 f"most {self.max_rejected:.0%} may be; mend the data, or raise max_rejected"
             )
+
+
+def _from_all_over(slices: Sequence[Slice]) -> Iterator[Slice]:
+    """Yield slices in a fixed random order: a pool is often one source behind the other."""
+    yield from (slices[i] for i in np.random.default_rng(0).permutation(len(slices)))

@@ -115,6 +115,9 @@ def test_without_flags_it_trains_for_the_embedded_model(tmp_path: Path, capsys) 
     small = ["--num_tokens=8192", "--no-splice", "--eval_conversations=20"]
     assert run(f"--config={config}", *small, f"--out={tmp_path / 'out'}") == 0
     assert "2 SAEs trained on 8,192 tokens; 0 of " in capsys.readouterr().out
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert page.count("which answers most to <code") >= 2  # of either SAE
+    assert page.count("<td>a random direction</td>") >= 2 * 3
 
 
 @pytest.mark.parametrize(
@@ -124,6 +127,7 @@ def test_without_flags_it_trains_for_the_embedded_model(tmp_path: Path, capsys) 
         (["--archs=topk", "--widths=8", "--k=9"], "k=9 of d_sae=8"),
         (["--max_tokens=100000"], "positions: give at most that"),
         (["--lm=nowhere"], "--data"),
+        (["--regime=bt_p", "--steer_prompts=2"], "--steer_prompts needs conversations"),
     ],
 )
 def test_bad_inputs_are_one_line(flags, message, tmp_path: Path, capsys) -> None:

@@ -68,6 +68,25 @@ def test_held_out_rows_and_repeats_are_not_trained_on(pool, tokenizer) -> None:
     assert len(reader.held_out(slices, 2)) == 2
 
 
+def test_held_out_prompts_end_before_the_first_answer(tmp_path: Path, tokenizer) -> None:
+    def said(*roles: str) -> list[dict[str, str]]:
+        return [{"role": role, "content": f"{role} {i}"} for i, role in enumerate(roles)]
+
+    rows = [
+        {"id": "kept", "messages": said("user", "assistant")},
+        {"id": "out-1", "messages": said("system", "user", "assistant", "user", "assistant")},
+        {"id": "out-2", "messages": said("assistant", "user", "assistant")},
+        {"id": "out-3", "messages": said("user", "assistant")},
+    ]
+    path = tmp_path / "pool.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + "{broken\n")
+    reader = InstanceReader(tokenizer, is_held_out=lambda id: id.startswith("out"))
+    slices = plan(str(path), rows_per_shard=16).slices
+    assert reader.held_out_prompts(slices, 9) == [said("system", "user"), said("user")]
+    assert reader.held_out_prompts(slices, 1) == [said("system", "user")]
+    assert reader.held_out_prompts(slices, 0) == []
+
+
 def test_a_row_that_the_template_refuses_is_rejected(pool, tiny_tokenizer) -> None:
     tokenizer = ChatTokenizer(tiny_tokenizer)
     refuses = "{% if 'Q7 ' in messages[0]['content'] %}{{ raise_exception('no') }}{% endif %}"
