@@ -166,10 +166,14 @@ Curves = dict[tuple[str, int], list[dict[str, Any]]]
 
 
 def common_l0(curves: Curves) -> float | None:
-    """Return the middle of the L0 range that every regime and seed spans, if there is one."""
+    """Return the middle of the L0 range that all of some curves span, if there is one."""
     low = max(1e-3, *(min(one["l0"] for one in curve) for curve in curves.values()))
     high = min(max(one["l0"] for one in curve) for curve in curves.values())
     return math.sqrt(low * high) if low <= high else None
+
+
+def _of(curves: Curves, *regimes: str) -> Curves:
+    return {key: curve for key, curve in curves.items() if key[0] in regimes}
 
 
 def error_at(curve: list[dict[str, Any]], l0: float, part: str) -> float:
@@ -191,11 +195,16 @@ def ratios(records: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
             continue
         others = [one for one in get_args(Regime)[1:] if (one, seeds[0]) in curves]
         curves = {key: curve for key, curve in curves.items() if key[1] in seeds}
-        l0 = common_l0(curves)
-        if l0 is None:
-            spans = {key: [one["l0"] for one in curve] for key, curve in curves.items()}
-            print(f"{architecture}: no L0 is reached by all: {spans}", flush=True)
-        for other, part in itertools.product(others if l0 else (), PARTS):
+        # Pair by pair: what is on at a token differs too much between all four.
+        matched = {other: common_l0(_of(curves, "fast", other)) for other in others}
+        for other in [one for one in others if matched[one] is None]:
+            spans = {
+                key: [one["l0"] for one in curve]
+                for key, curve in _of(curves, "fast", other).items()
+            }
+            print(f"{architecture}: no L0 is reached by fast and {other}: {spans}", flush=True)
+        for other, part in itertools.product([o for o in others if matched[o]], PARTS):
+            l0 = matched[other]
             assert l0 is not None
             logs = [
                 math.log(error_at(curves["fast", seed], l0, part))

@@ -11,7 +11,7 @@ import torch
 import yaml
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-from jobs import finetune
+from jobs import curate, finetune, index, label_latents, serve, train_sae
 from sae_ray.adapters.attach import attach
 from sae_ray.lm import HookPoint, require_layer
 
@@ -111,6 +111,47 @@ def test_the_saes_of_a_preset_are_published_for_its_model(path: Path) -> None:
         assert layer is not None
         point = HookPoint(int(layer[1]), "resid_post")
         require_layer(point, config_of(settings["lm"]), settings["lm"])
+
+
+JOBS = {
+    "curate": (curate, ["--task", "Write a query"]),
+    "finetune": (finetune, []),
+    "index": (index, []),
+    "label_latents": (label_latents, []),
+    "serve": (serve, []),
+    "train_sae": (train_sae, []),
+}
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_a_preset_is_what_its_job_takes(path: Path, tmp_path: Path) -> None:
+    job, flags = next(one for name, one in JOBS.items() if path.stem.startswith(name))
+    out = [] if job is serve else ["--out", str(tmp_path / "out")]
+    # What is read is given at the command line where a preset does not name it.
+    own = ["--pool", "chats.jsonl"] if job in (curate, index) else []
+    settings = job.Config.parse(["--config", str(path), *flags, *own, *out])
+    assert settings.lm == yaml.safe_load(path.read_text())["lm"]
+
+
+@pytest.mark.parametrize(
+    "path",
+    [p for p in PRESETS if p.stem == "train_sae"],
+    ids=lambda path: path.parent.name,
+)
+def test_the_saes_of_a_preset_fit_where_they_are_trained(path: Path) -> None:
+    settings = train_sae.Config.parse(["--config", str(path), "--out", "out"])
+    config = config_of(str(settings.lm))
+    specs = settings.specs(config, str(settings.lm))
+    d_in = config.hidden_size
+    # Weights, gradient and two moments in float32 of encoder and decoder; and a batch's latents.
+    each = [16 * 2 * spec.d_sae * d_in for spec in specs]
+    shared = settings.num_workers if settings.placement == "saes" else 1
+    weights = (4 if settings.dtype == "float32" else 2) * PARAMETERS[str(settings.lm)]
+    batch = settings.recipe().batch_tokens
+    latents = max(4 * batch * spec.d_sae * 4 for spec in specs)
+    buffer = settings.room_batches * batch * d_in * 4 * len(settings.hook_points)
+    needed = weights + sum(each) / shared + latents + buffer
+    assert needed < (16e9 if "cpu" in path.parent.name else 0.8 * GPU_BYTES)
 
 
 @pytest.mark.slow
