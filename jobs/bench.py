@@ -27,14 +27,15 @@ QUICK = {
     "routing": "--rows 120 --divisions 1",
     "serving": "--requests 4 --experts 2 --answer_tokens 8 --rounds 1",
     "serving_load": "--seconds 5 --probe_seconds 5",
+    "planted_latents": "--runs 2 --controls 1",
 }
-SUITES = dict(curate=[*QUICK][:6], train_sae=[*QUICK][6:8], finetune=[*QUICK][8:10])
-SUITES["serve"] = [*QUICK][10:]
-TAKES = dict(fast_claim={"pool", "lm"}, serving={"lm"}, serving_load={"lm"})
+ENDS = dict(curate=(0, 6), train_sae=(6, 8), finetune=(8, 10), serve=(10, 13), explain=(13, 14))
+SUITES = {suite: [*QUICK][slice(*ends)] for suite, ends in ENDS.items()}
+TAKES = dict(fast_claim={"pool", "lm"}, serving={"lm"}, serving_load={"lm"}, planted_latents=set())
 
 
 class Config(JobConfig):
-    """Measure curate, train_sae, finetune or serve, on a machine with nothing else to do.
+    """Measure curate, train_sae, finetune, serve or explain, on a machine with no other work.
 
     python jobs/bench.py curate --out runs/bench --parts speed,agreement
     """
@@ -75,6 +76,5 @@ def main(config: Config) -> int:
 
 if __name__ == "__main__":
     suite, *words = sys.argv[1:] or [""]
-    if not any(word.startswith("--parts") for word in words):
-        words = [f"--parts={','.join(SUITES.get(suite, ()))}", *words]
+    words = [f"--parts={','.join(SUITES.get(suite, ()))}", *words]  # a later --parts counts
     sys.exit(run_job(main, Config, words if suite in SUITES else None))

@@ -22,9 +22,14 @@ os.environ.update(
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from sae_ray.curate.settings import IndexSettings
 
@@ -132,6 +137,11 @@ def s3_folder(s3_server: None) -> str:
 @pytest.fixture(scope="session")
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level BPE of 400 tokens with a chat template, made here."""
+    return train_tokenizer()
+
+
+def train_tokenizer() -> PreTrainedTokenizerFast:
+    """Train the tiny tokenizer."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -277,6 +287,35 @@ def make_tiny_sae() -> Callable[[Path], Path]:
 def make_pool() -> Callable[[Path, int], Path]:
     """Writes a pool of so many conversations."""
     return write_pool
+
+
+@pytest.fixture(scope="session")
+def whole() -> Callable[[Path], PreTrainedModel]:
+    """Loads a whole tiny model in fp32."""
+
+    def load(path: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+        return AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, attn_implementation="eager"
+        ).eval()
+
+    return load
+
+
+@pytest.fixture
+def sae_at(tmp_path: Path, make_tiny_sae: Callable[..., Path]) -> Callable[..., str]:
+    """Saves a SAE for a hook point: 32 values in, 64 latents, with biases that matter."""
+
+    def save(hook_point: str, seed: int = 0) -> str:
+        folder = make_tiny_sae(tmp_path / f"sae-{hook_point}-{seed}", hook_point, seed)
+        weights = load_file(folder / "sae_weights.safetensors")
+        generator = torch.Generator().manual_seed(seed + 100)
+        weights["b_dec"] = 0.1 * torch.randn(32, generator=generator)
+        weights["b_enc"] = 0.1 * torch.randn(64, generator=generator)
+        weights["threshold"] = torch.full((64,), 0.1)
+        save_file(weights, folder / "sae_weights.safetensors")
+        return str(folder)
+
+    return save
 
 
 @pytest.fixture

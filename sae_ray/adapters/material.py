@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 from sae_ray import tiny
 from sae_ray.adapters.examples import Example, PairExample, read_examples, read_pairs, split
 from sae_ray.adapters.finetune import Material
+from sae_ray.adapters.recipe import Objective
 from sae_ray.adapters.settings import FinetuneSettings
 from sae_ray.artifacts import locate
 from sae_ray.chat import ChatTokenizer
@@ -35,6 +36,14 @@ class Learnt:
     def num_tokens(self) -> int:
         """Count the tokens that are learnt in a pass over the rows."""
         return sum(_num_learnt(row) for row in self.material.train)
+
+
+def rows_path(data: str | None, objective: Objective) -> str:
+    """Return where rows lie: in a selection's table, wherever a pool does, or embedded."""
+    if data is None:
+        return str(tiny.preferences_path() if objective == "dpo" else tiny.pool_path())
+    fs, root = locate(data)
+    return f"{data}/selection.parquet" if fs.isfile(f"{root}/profile.json") else data
 
 
 def read_learnt(settings: FinetuneSettings, data: str, lm: str, staging: str) -> Learnt:

@@ -26,7 +26,7 @@ from pydantic import JsonValue
 
 from sae_ray import tiny
 from sae_ray.adapters.finetune import Look, Step
-from sae_ray.adapters.material import Learnt, read_learnt
+from sae_ray.adapters.material import Learnt, read_learnt, rows_path
 from sae_ray.adapters.settings import FinetuneSettings
 from sae_ray.adapters.spanning import span
 from sae_ray.artifacts import (
@@ -147,11 +147,7 @@ class ExpertMaker:
     @property
     def _data(self) -> str:
         """Where the rows lie: in a selection's table, or wherever a pool does."""
-        if self.settings.data is None:
-            embedded = self.settings.objective == "dpo"
-            return str(tiny.preferences_path() if embedded else tiny.pool_path())
-        selection = self._selection
-        return f"{self.settings.data}/selection.parquet" if selection else self.settings.data
+        return rows_path(self.settings.data, self.settings.objective)
 
     @property
     def _selection(self) -> Manifest | None:

@@ -12,10 +12,9 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from datetime import UTC, datetime
 from functools import cached_property
-from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
@@ -48,12 +47,12 @@ from sae_ray.curate.request import Request
 from sae_ray.curate.score import Scores, contributions, score_pool
 from sae_ray.curate.select import Quota, Selection, candidates_needed, select
 from sae_ray.curate.sources import locate_source
-from sae_ray.errors import ConfigError, ModelError, PoolError
+from sae_ray.errors import ConfigError, PoolError
 from sae_ray.explain.command import Flags, next_flags, next_folder
 from sae_ray.explain.page import fill_page
 from sae_ray.explain.report import ROWS_IN_FULL, Refine, render
 from sae_ray.pool import plan, read
-from sae_ray.sae.labels import read_labels
+from sae_ray.sae.labels import labels_of
 from sae_ray.threads import one_thread
 
 logger = logging.getLogger(__name__)
@@ -106,7 +105,7 @@ class Curator:
 
     def __init__(self, index: FeatureIndex, labels: str | None = None) -> None:
         self.index, self._labels_given = index, labels
-        self.labels = _labels_of(locate_source("sae", index.source("sae")), labels)
+        self.labels = labels_of(locate_source("sae", index.source("sae")), labels)
         self._written: dict[tuple[str, str, str], list[Conversation]] = {}
 
     @cached_property
@@ -319,16 +318,3 @@ def _hash_of(source: str) -> str:
 
 def _a_few(ids: Sequence[str]) -> str:
     return ", ".join(ids[:3]) + ", ..." * (len(ids) > 3)
-
-
-def _labels_of(sae: str, given: str | None) -> Mapping[int, str]:
-    """Read the labels given, or those that lie in or beside the SAE's folder."""
-    if given is not None:
-        return read_labels(given, sae)
-    for path in (Path(sae) / "labels.json", Path(sae).parent / "labels.json"):
-        if path.is_file():
-            try:
-                return read_labels(path, sae)
-            except ModelError as error:
-                logger.warning("%s", error)
-    return {}

@@ -8,6 +8,7 @@ not (detection AUC). Nothing here knows where the tags come from: any tagged dat
 
 import dataclasses
 import json
+import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -24,6 +25,8 @@ from sae_ray.lm import LanguageModel
 from sae_ray.sae.encoder import LatentEncoder
 from sae_ray.sae.pretrained import resolve
 from sae_ray.sae.tagged import Evidence, gather_evidence, read_tagged
+
+logger = logging.getLogger(__name__)
 
 Kind = Literal["conversation", "word", "token", "judged", "unlabelled"]
 Concept = tuple[str, ...]
@@ -138,6 +141,23 @@ def read_labels(path: str | Path, sae: str | Path) -> dict[int, str]:
             "other latents; give that SAE's labels, or none"
         )
     return labels
+
+
+def labels_of(sae: str, given: str | None = None) -> Mapping[int, str]:
+    """Read the labels given, or those that lie in or beside a SAE's folder, or none.
+
+    Raises:
+        ModelError: those given are not there, or are another SAE's.
+    """
+    if given is not None:
+        return read_labels(given, sae)
+    for path in (Path(sae) / "labels.json", Path(sae).parent / "labels.json"):
+        if path.is_file():
+            try:
+                return read_labels(path, sae)
+            except ModelError as error:
+                logger.warning("%s", error)
+    return {}
 
 
 def auc(scores: Float[np.ndarray, " items"], positive: Bool[np.ndarray, " items"]) -> float | None:

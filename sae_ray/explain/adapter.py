@@ -1,0 +1,317 @@
+"""Explaining: from an expert to what its training changed, checked, with a page for people.
+
+A folder of an explanation holds
+
+    explanation.json    what was found: scores, checks, curves, drift, rows, answers
+    latents.parquet     a row a latent: score, what it was checked by, drift
+    report.html         all of it for people
+
+Of an expert whose edits sit on latents, latents are ranked on one half of its held-out rows and
+checked on the other. Any other adapter changes weights: of it, what the latents do before and after
+is told, and no latent is said to be the cause.
+"""
+
+import io
+import json
+import tempfile
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from peft import PeftModel
+from pydantic import Field, JsonValue
+
+from sae_ray.adapters.edits import LATENT_KINDS
+from sae_ray.adapters.examples import Example, PairExample
+from sae_ray.adapters.loading import adapted, load_causal
+from sae_ray.adapters.material import Learnt, read_learnt, rows_path
+from sae_ray.adapters.settings import FinetuneSettings
+from sae_ray.artifacts import (
+    Manifest,
+    State,
+    begin,
+    finish,
+    inspect,
+    open_artifact,
+    read_file,
+    write_atomically,
+)
+from sae_ray.chat import ChatTokenizer
+from sae_ray.config import JobConfig, OutputPath
+from sae_ray.curate.sources import EMBEDDED, fingerprint, locate_model, locate_source
+from sae_ray.errors import ConfigError
+from sae_ray.experts.card import ADAPTER, ExpertCard
+from sae_ray.experts.files import read_checked
+from sae_ray.explain.adapter_page import AdapterPage, Answered, Pushed, Ranked, render
+from sae_ray.explain.attribution import Attribution, attribute, pushes
+from sae_ray.explain.dial import Dial, units_of
+from sae_ray.explain.drift import Drift, drift
+from sae_ray.explain.gains import gained, greedy
+from sae_ray.explain.verification import Verification, verify
+from sae_ray.sae.labels import labels_of
+from sae_ray.sae.pretrained import load_encoder
+from sae_ray.threads import use_cores
+
+KIND = "explanation"
+_MIN_ROWS = 10
+"""Held-out rows, of which half rank and half check."""
+_NUM_PUSHED, _ROWS_EACH = 5, 3
+
+Progress = tuple[str, int, int, str]
+
+
+class ExplainSettings(JobConfig):
+    """What an explanation depends on."""
+
+    expert: OutputPath
+    """Folder or URL of an expert, as jobs/finetune.py makes it."""
+    lm: str | None = None
+    """Where a copy of its base lies, if not where the expert says."""
+    sae: str | None = None
+    """SAE to look through, for adapters that sit on none: lora and subspace. Without it, the
+    embedded one, if the base is the embedded model. Others are looked at through their own."""
+    labels: str | None = None
+    """JSON file with that SAE's labels. Default: labels.json in or beside its folder."""
+    num_rows: int = Field(default=256, ge=_MIN_ROWS)
+    """Held-out rows that are read, at most: half rank the latents, the others check them."""
+    num_top: int = Field(default=20, ge=1)
+    """Latents that are checked from the top."""
+    num_drawn: int = Field(default=20, ge=0)
+    """Latents that are checked of the others, drawn at random."""
+    audit_rows: int = Field(default=200, ge=0)
+    """Rows that were trained on, in which those are looked for that asked for the top latents."""
+    num_answers: int = Field(default=3, ge=0)
+    """Held-out prompts that are answered before and after."""
+    seed: int = 0
+    """Of what is drawn."""
+
+    def identity(self) -> dict[str, JsonValue]:
+        """Return what decides the result beside what it is made of."""
+        fields = set(ExplainSettings.model_fields) - {"expert", "lm", "sae", "labels"}
+        return self.model_dump(mode="json", include=fields)
+
+
+class Explaining:
+    """One run from an expert to its explanation."""
+
+    def __init__(self, settings: ExplainSettings, path: str) -> None:
+        """Read what the expert is.
+
+        Raises:
+            ArtifactError: there is none, or it is not finished.
+            ConfigError: it has no adapter, or nothing says through which SAE to look.
+        """
+        self.settings, self.path = settings, path.rstrip("/")
+        root = settings.expert.rstrip("/")
+        self.expert: Manifest = open_artifact(root, "expert")
+        place = f"{root}/card.json"
+        self.card = ExpertCard.decode(read_file(place), place)
+        if self.card.adapter == "full":
+            raise ConfigError(
+                f"{root} is a whole model, not an adapter: there is nothing to take off and put "
+                "on again; explain one of kind lora, subspace, steering, scale, affine or residual"
+            )
+        self.finetuned = _settings_of(self.expert)
+        self.lm = locate_model(settings.lm or self.card.base)
+        self._on_latents = self.card.adapter in LATENT_KINDS
+
+    def run(self) -> Iterator[Progress]:
+        """Do what is not done, and say how far it is; a finished folder is left alone.
+
+        Raises:
+            SaeRayError: base, SAE or data of the expert are gone, or others.
+        """
+        sae = None if self._on_latents else self._given_sae()
+        parents = {"expert": self.expert.content_hash, "lm": fingerprint("lm", self.lm)}
+        parents |= {"sae": fingerprint("sae", sae)} if sae else {}
+        asked = self.settings.identity()
+        if inspect(self.path, KIND, asked, parents) is State.FINISHED:
+            return
+        if parents["lm"] != self.card.base_sha256:
+            raise ConfigError(
+                f"{self.lm} is not the base that the expert was trained on "
+                f"({self.card.base_sha256[:12]}): name a copy of that with --lm"
+            )
+        use_cores(None)
+        with tempfile.TemporaryDirectory(prefix="sae-ray-") as folder:
+            yield "reading", 0, 1, ""
+            learnt = self._learnt(folder)
+            model = adapted(load_causal(self.lm, "float32"), None, self._fetched(Path(folder)))
+            assert isinstance(model, PeftModel)
+            model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+            begin(self.path, KIND, asked, parents)
+            page = yield from self._explained(model, learnt, sae)
+        self._write(page)
+
+    def _given_sae(self) -> str:
+        embedded = self.card.base == EMBEDDED
+        if self.settings.sae is None and not embedded:
+            raise ConfigError(
+                f"an adapter of kind {self.card.adapter} sits on no SAE: say with --sae through "
+                "which SAE of its base to look"
+            )
+        return locate_source("sae", self.settings.sae or EMBEDDED)
+
+    def _learnt(self, staging: str) -> Learnt:
+        """Read the expert's rows again, divided as they were."""
+        data = rows_path(self.finetuned.data, self.finetuned.objective)
+        learnt = read_learnt(self.finetuned, data, self.lm, staging)
+        if len(learnt.material.held_out) < _MIN_ROWS:
+            raise ConfigError(
+                f"the expert holds out {len(learnt.material.held_out)} rows, and {_MIN_ROWS} are "
+                "needed to rank and to check: train it with a larger --held_out_rows"
+            )
+        return learnt
+
+    def _fetched(self, folder: Path) -> Path:
+        """Copy the adapter, each file held against the card's SHA-256."""
+        target = folder / ADAPTER
+        for name, record in self.card.files.items():
+            file = target / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(read_checked(f"{self.settings.expert}/{ADAPTER}/{name}", record))
+        return target
+
+    def _explained(
+        self, model: PeftModel, learnt: Learnt, sae: str | None
+    ) -> Generator[Progress, None, AdapterPage]:
+        settings = self.settings
+        tokenizer = ChatTokenizer.load(self.lm)
+        pad = tokenizer.tokenizer.pad_token_id or 0
+        rng = np.random.default_rng(settings.seed)
+        held = list(learnt.material.held_out)
+        held = [held[i] for i in rng.permutation(len(held))[: settings.num_rows]]
+        ranking, checking = held[::2], held[1::2]
+        found: Attribution | None = None
+        checked: Verification | None = None
+        dial: Dial | None = None
+        pushed: list[Pushed] = []
+        if self._on_latents:
+            dial = Dial(model, pad)
+            yield "ranking latents", 0, 1, f"on {len(ranking)} held-out rows"
+            found = attribute(dial, units_of(ranking))  # pyright: ignore[reportArgumentType]
+            for done, total, result in verify(
+                dial, units_of(checking), found,  # pyright: ignore[reportArgumentType]
+                num_top=settings.num_top, num_drawn=settings.num_drawn,
+                density=self._density(model, dial, ranking, pad), seed=settings.seed,
+            ):  # fmt: skip
+                yield "checking latents", done, total, ""
+                checked = result
+            assert checked is not None
+            yield "looking for rows that asked for them", 0, 1, ""
+            pushed = self._pushed(dial, learnt, checked, tokenizer, rng)
+        drifts: dict[str, Drift] = {}
+        labels: dict[str, Mapping[int, str]] = {}
+        for point, place in self._saes(dial, sae).items():
+            yield "looking at drift", 0, 1, point
+            encoder = load_encoder(place)
+            drifts[point] = drift(model, encoder, _texts(checking), pad=pad)
+            labels[point] = labels_of(place, settings.labels)
+        yield "answering", 0, 1, ""
+        answered = [
+            Answered(
+                gains=gained(model, row, tokenizer),
+                before=greedy(model, row, tokenizer, tuned=False),
+                after=greedy(model, row, tokenizer, tuned=True),
+            )
+            for row in _texts(checking)[: settings.num_answers]
+        ]
+        ranked: list[Ranked] = []
+        if dial is not None and found is not None and checked is not None:
+            ranked = [
+                Ranked.of(one, dial.place(one.number), found, labels, drifts) for one in checked.top
+            ]
+        return AdapterPage(
+            card=self.card, attribution=found, verification=checked, ranked=ranked,
+            pushed=[_relabelled(one, labels) for one in pushed], drifts=drifts, labels=labels,
+            answered=answered, num_ranking=len(ranking), num_checking=len(checking),
+        )  # fmt: skip
+
+    def _saes(self, dial: Dial | None, sae: str | None) -> dict[str, str]:
+        """Return where the SAE of each hook point lies."""
+        if dial is not None:
+            return {str(site.point): site.sae for site in dial.sites}
+        assert sae is not None
+        return {str(load_encoder(sae).hook_point): sae}
+
+    def _density(
+        self, model: PeftModel, dial: Dial, rows: Sequence[Example | PairExample], pad: int
+    ) -> np.ndarray:
+        """Return the share of tokens at which each latent of the dials is on in the base."""
+        return np.concatenate(
+            [
+                drift(model, load_encoder(site.sae), _texts(rows), pad=pad).density[site.latents]
+                for site in dial.sites
+            ]
+        )
+
+    def _pushed(
+        self,
+        dial: Dial,
+        learnt: Learnt,
+        checked: Verification,
+        tokenizer: ChatTokenizer,
+        rng: np.random.Generator,
+    ) -> list[Pushed]:
+        """Return the rows that were trained on and asked for the first latents most."""
+        train = list(learnt.material.train)
+        some = [train[i] for i in rng.permutation(len(train))[: self.settings.audit_rows]]
+        first = (checked.verified or checked.top)[:_NUM_PUSHED]
+        if not some or not first:
+            return []
+        by_row = pushes(dial, units_of(some))  # pyright: ignore[reportArgumentType]
+        found = []
+        for one in first:
+            asked = by_row[:, one.number] * (1.0 if one.score > 0 else -1.0)
+            order = np.argsort(-asked, kind="stable")[:_ROWS_EACH]
+            rows = [
+                (some[i].id, float(asked[i]), _said(some[i], tokenizer))
+                for i in order.tolist()
+                if asked[i] > 0
+            ]
+            site, latent = dial.place(one.number)
+            found.append(Pushed(str(site.point), latent, "", float((asked > 0).mean()), rows))
+        return found
+
+    def _write(self, page: AdapterPage) -> None:
+        content = json.dumps(page.to_json(), indent=1, ensure_ascii=False)
+        write_atomically(f"{self.path}/explanation.json", content.encode("utf-8", "replace"))
+        write_atomically(f"{self.path}/report.html", render(page).encode("utf-8", "replace"))
+        sink = io.BytesIO()
+        pq.write_table(pa.Table.from_pylist(page.rows()), sink, compression="zstd")
+        write_atomically(f"{self.path}/latents.parquet", sink.getvalue())
+        counts: dict[str, JsonValue] = {
+            "num_verified": len(page.verified),
+            "gap": page.attribution.gap if page.attribution else None,
+            "summary": page.summary,
+        }
+        finish(self.path, counts, page.warnings)
+
+
+def _settings_of(expert: Manifest) -> FinetuneSettings:
+    """Return the settings that an expert was made with."""
+    known = {k: v for k, v in expert.config.items() if k in FinetuneSettings.model_fields}
+    named = {role: source.name for role, source in expert.sources.items()}
+    given = {role: named[role] for role in ("lm", "data", "retain", "general") if role in named}
+    given = {role: name for role, name in given.items() if name != EMBEDDED}
+    saes = [named[role] for role in sorted(named) if role.startswith("sae ")]
+    return FinetuneSettings.model_construct(
+        **{**FinetuneSettings().model_dump(), **known, **given, "sae": saes or None}
+    )
+
+
+def _texts(rows: Sequence[Example | PairExample]) -> list[Example]:
+    return [one.chosen if isinstance(one, PairExample) else one for one in rows]
+
+
+def _said(row: Example | PairExample, tokenizer: ChatTokenizer) -> str:
+    (one,) = _texts([row])
+    return str(tokenizer.tokenizer.decode(one.ids))
+
+
+def _relabelled(one: Pushed, labels: Mapping[str, Mapping[int, str]]) -> Pushed:
+    label = labels.get(one.point, {}).get(one.latent, "unlabelled")
+    return Pushed(one.point, one.latent, label, one.share, one.rows)

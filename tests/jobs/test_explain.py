@@ -1,0 +1,127 @@
+"""An expert explained: ranked and checked on rows apart, told in words, and refused where wrong."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from jobs import explain, finetune
+from sae_ray.artifacts import open_artifact, verify
+from sae_ray.config import run_job
+from sae_ray.explain.adapter import KIND
+from tests.conftest import save_tiny_sae, write_pool
+
+SMALL = ("--num_top=2", "--num_drawn=2", "--audit_rows=6", "--num_answers=2")
+
+
+def run(*words: str) -> int:
+    return run_job(explain.main, explain.Config, list(words))
+
+
+@pytest.fixture(scope="module")
+def made(
+    tmp_path_factory: pytest.TempPathFactory, tiny_lm_of: Callable[[str], Path]
+) -> Callable[..., Path]:
+    """Trains an expert of a kind on a pool in which a row holds markup, once for each kind."""
+    folder = tmp_path_factory.mktemp("experts")
+    rows = [json.loads(line) for line in write_pool(folder / "plain", 80).read_text().splitlines()]
+    for row in rows:
+        row["messages"][-1]["content"] += " <script>alert(1)</script>"
+    pool = folder / "pool.jsonl"
+    pool.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lm, sae = tiny_lm_of("llama"), save_tiny_sae(folder / "sae")
+
+    def make(adapter: str) -> Path:
+        out = folder / adapter
+        line = [f"--lm={lm}", f"--data={pool}", f"--adapter={adapter}", "--general_rows=0"]
+        line += [f"--sae={sae}"] if adapter == "steering" else []
+        line += ["--num_workers=0", "--max_steps=12", "--max_tokens=256", f"--out={out}"]
+        assert run_job(finetune.main, finetune.Config, line) == 0
+        return out
+
+    return make
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_an_expert_on_latents_is_explained_with_the_same_facts_on_page_and_in_json(
+    made: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expert, out = made("steering"), tmp_path / "why"
+    assert run(f"--expert={expert}", f"--out={out}", *SMALL) == 0
+    verify(str(out))
+    told = json.loads((out / "explanation.json").read_text())
+    page = (out / "report.html").read_text()
+    shown = capsys.readouterr().out
+    assert told["summary"] in shown
+    assert told["summary"].split(" nats")[0].split("makes ")[1] in page
+    assert told["attribution"]["gap"] <= 0.05
+    assert told["num_ranking"] + told["num_checking"] == 16
+    assert len(told["latents"]) == 2
+    assert len(told["verification"]["drawn"]) == 2
+    names = [curve["order"] for curve in told["verification"]["curves"]]
+    assert names == ["attribution", "size of what is learnt", "random", "random, as dense"]
+    assert page.count("<figure") == 4
+    for one in told["latents"]:
+        assert f"{one['latent']} at blocks.1.hook_resid_post" in page
+        assert (f"latent {one['latent']}" in told["summary"]) == one["verified"]
+    # Every row that is named was trained on, and says what it does as text.
+    held = set(pq.read_table(expert / "held_out.parquet")["id"].to_pylist())
+    named = [row[0] for one in told["pushed_by"] for row in one["rows"]]
+    assert named
+    assert not held & set(named)
+    assert "<script>" not in page
+    assert "&lt;script&gt;alert" in page
+    table = pq.read_table(out / "latents.parquet").to_pylist()
+    assert len(table) == 64
+    assert sum(row["score_nats"] is not None for row in table) == 2
+    assert len(told["answers"]) == 2
+    before = open_artifact(str(out), KIND).created
+    assert run(f"--expert={expert}", f"--out={out}", *SMALL) == 0
+    assert open_artifact(str(out), KIND).created == before
+
+    weights = expert / "adapter" / "adapter_model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    capsys.readouterr()
+    assert run(f"--expert={expert}", f"--out={tmp_path / 'other'}", *SMALL) == 2
+    assert "adapter_model.safetensors" in capsys.readouterr().err
+    weights.write_bytes(whole)
+    sae = expert.parent / "sae"
+    shutil.move(sae, sae.with_suffix(".gone"))
+    assert run(f"--expert={expert}", f"--out={tmp_path / 'other'}", *SMALL) == 2
+    assert str(sae) in capsys.readouterr().err
+    shutil.move(sae.with_suffix(".gone"), sae)
+    assert not (tmp_path / "other" / "report.html").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_of_an_adapter_of_weights_drift_is_told_and_no_cause(
+    made: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expert, out = made("lora"), tmp_path / "why"
+    assert run(f"--expert={expert}", f"--out={out}", *SMALL) == 2
+    assert "say with --sae through which SAE" in capsys.readouterr().err
+    line = [f"--expert={expert}", f"--sae={expert.parent / 'sae'}", f"--out={out}"]
+    assert run(*line, *SMALL) == 0
+    told = json.loads((out / "explanation.json").read_text())
+    assert "changes weights, not latents" in told["summary"]
+    assert told["attribution"] is None
+    assert told["latents"] == told["pushed_by"] == []
+    (found,) = told["drift"].values()
+    assert 0 <= found["share_true"] <= 1
+    assert len(found["most"]) == 10
+    assert any(before != after for *_, before, after in found["most"])
+
+
+def test_what_is_no_expert_is_refused_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(f"--expert={tmp_path / 'none'}", f"--out={tmp_path / 'out'}") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
