@@ -92,6 +92,7 @@ class Line:
     kept: str
     removed: str
     num_enough: int | None
+    num_latents: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,7 +167,13 @@ class AdapterPage:
         """Return the curves of all orders."""
         found = self.verification.curves if self.verification else []
         return [
-            Line(one.order, _points(one, one.kept), _points(one, one.removed), one.num_enough)
+            Line(
+                one.order,
+                _points(one, one.kept),
+                _points(one, one.removed),
+                one.num_enough,
+                one.counts[-1],
+            )
             for one in found
         ]
 
@@ -262,8 +269,8 @@ def render(page: AdapterPage) -> str:
 
 
 def _points(curve: Curve, shares: Sequence[float]) -> str:
-    """Draw shares of the effect, 0 to 1, over the logarithm of how many latents."""
+    """Draw shares of the effect, none to all, over the logarithm of how many latents."""
     x = np.log2(curve.counts)
     across = x / max(float(x[-1]), 1e-9) * WIDTH
-    up = HEIGHT * (1 - np.clip(shares, -0.1, 1.1) / 1.2 - 0.08)
+    up = HEIGHT * (1 - np.clip(shares, -0.1, 1.1))
     return " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(across, up, strict=True))
