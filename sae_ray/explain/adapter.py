@@ -180,7 +180,8 @@ class Explaining:
     ) -> Generator[Progress, None, AdapterPage]:
         settings = self.settings
         tokenizer = ChatTokenizer.load(self.lm)
-        pad = tokenizer.tokenizer.pad_token_id or 0
+        pad = tokenizer.tokenizer.pad_token_id
+        pad = pad if isinstance(pad, int) else 0
         rng = np.random.default_rng(settings.seed)
         held = list(learnt.material.held_out)
         held = [held[i] for i in rng.permutation(len(held))[: settings.num_rows]]

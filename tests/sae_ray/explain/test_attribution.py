@@ -38,8 +38,10 @@ def rows(tiny_lm: Path, whole: Callable) -> list[Example]:
 @pytest.mark.parametrize("kind", LATENT_KINDS)
 def test_scores_of_two_sites_add_up_to_the_change(kind, rows, any_tiny_lm, whole, sae_at) -> None:
     saes = tuple(sae_at(point, seed) for seed, point in enumerate(POINTS))
-    hidden = {"hidden": 5} if kind == "residual" else {}
-    model = shaken(attach(whole(any_tiny_lm), AdapterSpec(kind=kind, sae=saes, **hidden)), 0.05)
+    spec = AdapterSpec(kind=kind, sae=saes)
+    if kind == "residual":
+        spec = AdapterSpec(kind=kind, sae=saes, hidden=5)
+    model = shaken(attach(whole(any_tiny_lm), spec), 0.05)
     dial, units = Dial(model, 0), units_of(rows)
     assert dial.num_latents == 128
     on, off = np.ones(128, dtype=np.float32), np.zeros(128, dtype=np.float32)
@@ -100,7 +102,7 @@ def test_a_planted_latent_is_ranked_first_and_verified(tiny_lm, whole, sae_at) -
         assert first == ("blocks.1.hook_resid_post", latent, "it")
         assert named(dial, [1], {})[0][2] == "unlabelled"
     assert overlap(found[0], found[0], 5) == 1
-    assert overlap(*found, 5) < 1
+    assert overlap(found[0], found[1], 5) < 1
 
 
 def test_where_a_coin_says_what_is_better_nothing_is_found(tiny_lm, whole, sae_at) -> None:
@@ -108,11 +110,10 @@ def test_where_a_coin_says_what_is_better_nothing_is_found(tiny_lm, whole, sae_a
     with torch.no_grad():
         edit_of(model).steering.normal_(0, 0.3)
     said = rows_said_by(model, 160, 3)
+    coins = np.random.default_rng(0).integers(2, size=80)
     pairs = [
-        PairExample(a.id, *((a, b) if coin else (b, a)))
-        for a, b, coin in zip(
-            said[:80], said[80:], np.random.default_rng(0).integers(2, size=80), strict=True
-        )
+        PairExample(a.id, a, b) if coin else PairExample(a.id, b, a)
+        for a, b, coin in zip(said[:80], said[80:], coins, strict=True)
     ]
     dial, units = Dial(model, 0), units_of(pairs)
     assert units[0].signs == (1.0, -1.0)
