@@ -72,7 +72,7 @@ class Dial:
     """A tuned model that can be turned down, latent by latent."""
 
     def __init__(
-        self, model: PeftModel, pad: int, *, adapter: str = "default", batch_rows: int = 32
+        self, model: PeftModel, pad: int, *, adapter: str = "default", batch_tokens: int = 2048
     ) -> None:
         """Find the edits.
 
@@ -80,7 +80,7 @@ class Dial:
             model: with the adapter on it.
             pad: token that fills up batches.
             adapter: its name.
-            batch_rows: rows of a forward.
+            batch_tokens: tokens of a forward, padding included.
 
         Raises:
             ModelError: the adapter does not edit latents.
@@ -92,7 +92,7 @@ class Dial:
                 "weights, not latents, so that none of them can be turned down; give one of kind "
                 "steering, scale, affine or residual, or look at how latents drift under it"
             )
-        self.model, self._pad, self._batch_rows = model.eval(), pad, batch_rows
+        self.model, self._pad, self._batch_tokens = model.eval(), pad, batch_tokens
         self._with_labels = acts_on_answers(model)
         self.sites = list(_sites(model, config, adapter))
         self._edits = [model.get_submodule(site.path) for site in self.sites]
@@ -134,10 +134,8 @@ class Dial:
     def batches(self, units: Sequence[Unit], at_least: int = 1) -> Iterator[list[int]]:
         """Yield numbers of units of like length to be read together, in at least so many batches
         where there are as many units."""
-        each = self._batch_rows // max((len(unit.rows) for unit in units), default=1)
-        each = max(1, min(each, len(units) // at_least))
-        order = sorted(range(len(units)), key=lambda i: max(len(r.ids) for r in units[i].rows))
-        yield from (order[i : i + each] for i in range(0, len(order), each))
+        sizes = [len(unit.rows) * max(len(row.ids) for row in unit.rows) for unit in units]
+        yield from by_length(sizes, self._batch_tokens, most=max(1, len(units) // at_least))
 
     def look(self, units: Sequence[Unit], dials: Tensor) -> Float[Tensor, " units"]:
         """Return what is looked at of each unit, in nats; differentiable in the dials."""
@@ -173,6 +171,20 @@ class Dial:
                     factor = mine.reshape(-1, *[1] * (value.ndim - 1))
                     turned[f"{site.path}.{name}"] = value.detach() * factor
         return turned
+
+
+def by_length(
+    sizes: Sequence[int], batch_tokens: int, *, most: int | None = None
+) -> Iterator[list[int]]:
+    """Yield batches of numbers of like size: at most `most`, and so many tokens with padding."""
+    batch: list[int] = []
+    for i in sorted(range(len(sizes)), key=lambda i: sizes[i]):
+        if batch and (len(batch) == most or (len(batch) + 1) * sizes[i] > batch_tokens):
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
 
 
 def _sites(model: PeftModel, config: LatentConfig, adapter: str) -> Iterator[Site]:

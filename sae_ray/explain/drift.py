@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sae_ray.adapters.examples import Example
 from sae_ray.adapters.replies import padded
+from sae_ray.explain.dial import by_length
 from sae_ray.lm import family_of, visiting
 from sae_ray.sae.encoder import LatentEncoder
 
@@ -59,7 +60,7 @@ def drift(
     rows: Sequence[Example],
     *,
     pad: int,
-    batch_rows: int = 32,
+    batch_tokens: int = 2048,
 ) -> Drift:
     """Read rows with an adapter and without it, and compare every latent.
 
@@ -68,15 +69,14 @@ def drift(
         encoder: of the SAE whose latents are looked at, at its own hook point.
         rows: what is read.
         pad: token that fills up batches.
-        batch_rows: rows of a forward.
+        batch_tokens: tokens of a forward, padding included.
     """
     device = next(model.parameters()).device
     encoder = encoder.to(dtype=torch.float32, device=device)
     sums = torch.zeros(8, encoder.d_sae, dtype=torch.float64, device=device)
     num_tokens = 0
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
-    for start in range(0, len(order), batch_rows):
-        batch = [rows[i] for i in order[start : start + batch_rows]]
+    for numbers in by_length([len(row.ids) for row in rows], batch_tokens):
+        batch = [rows[i] for i in numbers]
         ids, real, learnt = (one.to(device) for one in padded(batch, pad))
         with model.disable_adapter():
             before = _read(model, encoder, ids, real, learnt)

@@ -5,15 +5,19 @@ direction stands beside its opposite, a random and an unrelated one, and the rec
 """
 
 import dataclasses
+import logging
 from collections.abc import Mapping, Sequence
 
 from sae_ray.chat import ChatTokenizer, Message
+from sae_ray.errors import ModelError, TaskError
 from sae_ray.lm import LanguageModel
 from sae_ray.sae.encoder import LatentEncoder
 from sae_ray.sae.quality import Quality
 from sae_ray.sae.sequences import Lanes
 from sae_ray.sae.splice import WholeModel
 from sae_ray.sae.steer import Answer, Arm, SpecialLatent, Steering, special_latents, steer
+
+logger = logging.getLogger(__name__)
 
 STRENGTHS = (0.25, 0.5, 1.0)
 """Of what is added, in mean lengths of the activations of content tokens."""
@@ -83,26 +87,37 @@ class SpecialSteering:
         found: list[SteeredLatent] = []
         instances = self.instances[:_NUM_INSTANCES]
         for special in _strongest(special_latents(self.reader, encoder, instances)):
-            steering = Steering(self.whole, encoder, special.latent)
-            said = steer(steering, self.tokenizer, self.prompts, alphas, max_new_tokens=_NEW_TOKENS)
-            answers = list(said)
-            text = self.tokenizer.tokenizer.decode([special.token])
-            assert isinstance(text, str)
-            found.append(
-                SteeredLatent(
-                    token=text,
-                    latent=special.latent,
-                    label=labels.get(special.latent),
-                    effects=_effects(answers, length),
-                    question=self.prompts[0][-1]["content"],
-                    answers=[
-                        (_named(one, length), one.text)
-                        for one in answers
-                        if one.prompt == 0 and one.arm in _SHOWN
-                    ],
+            try:
+                steering = Steering(self.whole, encoder, special.latent)
+                said = list(
+                    steer(
+                        steering, self.tokenizer, self.prompts, alphas, max_new_tokens=_NEW_TOKENS
+                    )
                 )
-            )
+            except (ModelError, TaskError) as error:  # the rest of the page is worth having
+                logger.warning("latent %d is not pushed: %s", special.latent, error)
+                continue
+            found.append(self._told(special, said, length, labels))
         return found
+
+    def _told(
+        self,
+        special: SpecialLatent,
+        said: Sequence[Answer],
+        length: float,
+        labels: Mapping[int, str],
+    ) -> SteeredLatent:
+        text = self.tokenizer.tokenizer.decode([special.token])
+        assert isinstance(text, str)
+        shown = [one for one in said if one.prompt == 0 and one.arm in _SHOWN]
+        return SteeredLatent(
+            token=text,
+            latent=special.latent,
+            label=labels.get(special.latent),
+            effects=_effects(said, length),
+            question=self.prompts[0][-1]["content"],
+            answers=[(_named(one, length), one.text) for one in shown],
+        )
 
 
 def _strongest(special: Sequence[SpecialLatent]) -> list[SpecialLatent]:

@@ -73,3 +73,10 @@ def test_without_questions_or_a_head_nothing_is_pushed(pushing) -> None:
     steered, encoder, quality = pushing
     assert dataclasses.replace(steered, prompts=[])(encoder, quality, {}) == []
     assert dataclasses.replace(steered, whole=None)(encoder, quality, {}) == []
+
+
+def test_what_cannot_be_pushed_leaves_the_rest_of_the_page(pushing, caplog) -> None:
+    steered, encoder, quality = pushing
+    # The template refuses an empty conversation.
+    assert dataclasses.replace(steered, prompts=[[]])(encoder, quality, {}) == []
+    assert "is not pushed: prompt 0 cannot be asked" in caplog.text
