@@ -266,7 +266,7 @@ class Explaining:
         by_row = pushes(dial, units_of(some))  # pyright: ignore[reportArgumentType]
         found = []
         for one in first:
-            asked = by_row[:, one.number] * (1.0 if one.score > 0 else -1.0)
+            asked = by_row[:, one.number]  # up is the way the edit went, whatever its sign
             order = np.argsort(-asked, kind="stable")[:_ROWS_EACH]
             rows = [
                 (some[i].id, float(asked[i]), _said(some[i], tokenizer))

@@ -21,7 +21,7 @@ from measure import ROOT, Figure, Part, log, spread
 sys.path.insert(0, str(ROOT))
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from sae_ray.explain.attribution import attribute, overlap
+from sae_ray.explain.attribution import attribute
 from sae_ray.explain.dial import Dial, units_of
 from sae_ray.explain.verification import verify
 from tests.conftest import save_tiny_lm, save_tiny_sae, train_tokenizer
@@ -39,7 +39,6 @@ def one_run(lm: Path, sae: str, seed: int, push: float, l1: float) -> dict[str, 
     train, held = plant(load, lm, sae, latent, push, seed)
     dial = Dial(learn(load(lm), sae, train, l1=l1), 0)
     found = attribute(dial, units_of(held[:48]))
-    again = attribute(Dial(learn(load(lm), sae, train[::-1], l1=l1), 0), units_of(held[:48]))
     *_, (_, _, result) = verify(dial, units_of(held[48:]), found, num_top=6, num_drawn=10)
     assert result is not None
     curve = result.curves[0]
@@ -55,7 +54,6 @@ def one_run(lm: Path, sae: str, seed: int, push: float, l1: float) -> dict[str, 
         "verified_of_drawn": sum(one.is_verified for one in result.drawn),
         "removed_by_tenth": curve.removed[tenth],
         "removed_by_random_tenth": result.curves[2].removed[tenth],
-        "overlap_5": overlap(found, again, 5),
     }
 
 
@@ -97,9 +95,6 @@ def main() -> None:
         Figure("others verified, of those drawn at random", 100 * float(
             np.sum([one["verified_of_drawn"] for one in planted]) / (10 * max(1, len(planted)))
         ), "%"),
-        Figure("first five shared by two orders of the data", float(
-            np.mean([one["overlap_5"] for one in planted])
-        ), "Jaccard"),
         Figure("verified where nothing was planted, a run", float(
             np.mean([len(one["verified"]) for one in control])
         ) if control else 0.0, "latents"),
