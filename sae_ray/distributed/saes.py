@@ -172,6 +172,8 @@ class SAERun:
             text = json.dumps(one.to_json() if one else None, indent=1)
             write_atomically(f"{self.path}/{name}/quality.json", text.encode())
         trained: list[TrainedSAE] = []
+        if not self.settings.steer_prompts:
+            whole = None  # labelling loads a model of its own
         prompts = reader.held_out_prompts(task.slices, self.settings.steer_prompts)
         steered = SpecialSteering(model, whole, reader.tokenizer, instances, prompts)
         for number, spec in enumerate(self.specs):

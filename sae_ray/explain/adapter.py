@@ -11,6 +11,7 @@ checked on the other. Any other adapter changes weights: of it, what the latents
 is told, and no latent is said to be the cause.
 """
 
+import hashlib
 import io
 import json
 import tempfile
@@ -41,22 +42,24 @@ from sae_ray.artifacts import (
 )
 from sae_ray.chat import ChatTokenizer
 from sae_ray.config import JobConfig, OutputPath
+from sae_ray.curate.scorer import ScorerConfig, check_pair
 from sae_ray.curate.sources import EMBEDDED, fingerprint, locate_model, locate_source
-from sae_ray.errors import ConfigError
+from sae_ray.errors import ConfigError, ModelError
 from sae_ray.experts.card import ADAPTER, ExpertCard
 from sae_ray.experts.files import read_checked
 from sae_ray.explain.adapter_page import AdapterPage, Answered, Pushed, Ranked, render
 from sae_ray.explain.attribution import Attribution, attribute, pushes
 from sae_ray.explain.dial import Dial, units_of
-from sae_ray.explain.drift import Drift, drift
+from sae_ray.explain.drift import drift
 from sae_ray.explain.gains import gained, greedy
 from sae_ray.explain.verification import Verification, verify
-from sae_ray.sae.labels import labels_of
+from sae_ray.lm import HookPoint
+from sae_ray.sae.labels import labels_of, read_labels
 from sae_ray.sae.pretrained import load_encoder
 from sae_ray.threads import use_cores
 
 KIND = "explanation"
-_MIN_ROWS = 10
+_MIN_ROWS = 20
 """Held-out rows, of which half rank and half check."""
 _NUM_PUSHED, _ROWS_EACH = 5, 3
 
@@ -69,12 +72,13 @@ class ExplainSettings(JobConfig):
     expert: OutputPath
     """Folder or URL of an expert, as jobs/finetune.py makes it."""
     lm: str | None = None
-    """Where a copy of its base lies, if not where the expert says."""
-    sae: str | None = None
-    """SAE to look through, for adapters that sit on none: lora and subspace. Without it, the
-    embedded one, if the base is the embedded model. Others are looked at through their own."""
+    """Where its base lies, if the folder that the expert names has moved."""
+    sae: list[str] | None = None
+    """Where the SAEs lie that the adapter sits on, in its order, if they have moved. Of lora and
+    subspace, which sit on none, the SAE to look through; without it the embedded one, if the base
+    is the embedded model."""
     labels: str | None = None
-    """JSON file with that SAE's labels. Default: labels.json in or beside its folder."""
+    """JSON file with the labels of one of these SAEs. Default: labels.json in or beside each."""
     num_rows: int = Field(default=256, ge=_MIN_ROWS)
     """Held-out rows that are read, at most: half rank the latents, the others check them."""
     num_top: int = Field(default=20, ge=1)
@@ -117,6 +121,8 @@ class Explaining:
         self.finetuned = _settings_of(self.expert)
         self.lm = locate_model(settings.lm or self.card.base)
         self._on_latents = self.card.adapter in LATENT_KINDS
+        self._saes = self._sites()
+        """Where the SAE lies that is looked through, by hook point."""
 
     def run(self) -> Iterator[Progress]:
         """Do what is not done, and say how far it is; a finished folder is left alone.
@@ -124,9 +130,11 @@ class Explaining:
         Raises:
             SaeRayError: base, SAE or data of the expert are gone, or others.
         """
-        sae = None if self._on_latents else self._given_sae()
+        labels = self._labels()
+        told = json.dumps({point: sorted(one.items()) for point, one in labels.items()})
         parents = {"expert": self.expert.content_hash, "lm": fingerprint("lm", self.lm)}
-        parents |= {"sae": fingerprint("sae", sae)} if sae else {}
+        parents |= {f"sae {point}": fingerprint("sae", sae) for point, sae in self._saes.items()}
+        parents["labels"] = hashlib.sha256(told.encode()).hexdigest()
         asked = self.settings.identity()
         if inspect(self.path, KIND, asked, parents) is State.FINISHED:
             return
@@ -143,22 +151,50 @@ class Explaining:
             assert isinstance(model, PeftModel)
             model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
             begin(self.path, KIND, asked, parents)
-            page = yield from self._explained(model, learnt, sae)
+            page = yield from self._explained(model, learnt, labels)
         self._write(page)
 
-    def _given_sae(self) -> str:
-        embedded = self.card.base == EMBEDDED
-        if self.settings.sae is None and not embedded:
+    def _sites(self) -> dict[str, str]:
+        """Return where the SAE of each hook point lies: the adapter's own, or the one given."""
+        given = self.settings.sae
+        if self._on_latents:
+            config = f"{self.settings.expert.rstrip('/')}/{ADAPTER}/adapter_config.json"
+            sites = json.loads(read_file(config))["sites"]
+            if given is not None and len(given) != len(sites):
+                raise ConfigError(
+                    f"--sae names {len(given)} SAEs and the adapter sits on {len(sites)}: name one "
+                    "for each, in the adapter's order, or leave it out"
+                )
+            saes = given or [site["sae"] for site in sites]
+            for sae in given or ():
+                check_pair(ScorerConfig(self.lm, sae))  # says what is wrong with it in one line
+            points = (site["hook_point"] for site in sites)
+            return dict(zip(points, (locate_source("sae", sae) for sae in saes), strict=True))
+        if (given is None and self.card.base != EMBEDDED) or (given and len(given) != 1):
             raise ConfigError(
                 f"an adapter of kind {self.card.adapter} sits on no SAE: say with --sae through "
-                "which SAE of its base to look"
+                "which SAE of its base to look, one"
             )
-        return locate_source("sae", self.settings.sae or EMBEDDED)
+        sae = locate_source("sae", given[0] if given else EMBEDDED)
+        return {str(check_pair(ScorerConfig(self.lm, sae)).hook_point): sae}
+
+    def _labels(self) -> dict[str, Mapping[int, str]]:
+        """Read the labels of each SAE; those given are one's of them."""
+        given = self.settings.labels
+        owners = [point for point, sae in self._saes.items() if given and _is_of(given, sae)]
+        if given is not None and not owners:
+            first = next(iter(self._saes.values()))
+            read_labels(given, first)  # says what is wrong with them
+        return {
+            point: labels_of(sae, given if point in owners else None)
+            for point, sae in self._saes.items()
+        }
 
     def _learnt(self, staging: str) -> Learnt:
         """Read the expert's rows again, divided as they were."""
         data = rows_path(self.finetuned.data, self.finetuned.objective)
         learnt = read_learnt(self.finetuned, data, self.lm, staging)
+        self._require_same_rows(learnt, data)
         if len(learnt.material.held_out) < _MIN_ROWS:
             raise ConfigError(
                 f"the expert holds out {len(learnt.material.held_out)} rows, and {_MIN_ROWS} are "
@@ -166,51 +202,78 @@ class Explaining:
             )
         return learnt
 
+    def _require_same_rows(self, learnt: Learnt, data: str) -> None:
+        """Refuse rows that have changed: what was trained on might be taken for held out."""
+        written = read_file(f"{self.settings.expert.rstrip('/')}/held_out.parquet")
+        table = pq.read_table(pa.BufferReader(written), columns=["id"])
+        same = table["id"].to_pylist() == [row.id for row in learnt.material.held_out]
+        if not same or len(learnt.material.train) != self.expert.extra["num_rows"]:
+            raise ConfigError(
+                f"{data} does not hold the rows any more that the expert was trained on and held "
+                "out: put them back, or train it again"
+            )
+
     def _fetched(self, folder: Path) -> Path:
-        """Copy the adapter, each file held against the card's SHA-256."""
+        """Copy the adapter, each file held against the card's SHA-256, its SAEs where they lie."""
         target = folder / ADAPTER
         for name, record in self.card.files.items():
             file = target / name
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_bytes(read_checked(f"{self.settings.expert}/{ADAPTER}/{name}", record))
+        if self._on_latents:
+            file = target / "adapter_config.json"
+            config = json.loads(file.read_text())
+            for site in config["sites"]:
+                site["sae"] = self._saes[site["hook_point"]]
+            file.write_text(json.dumps(config))
         return target
 
     def _explained(
-        self, model: PeftModel, learnt: Learnt, sae: str | None
+        self, model: PeftModel, learnt: Learnt, labels: Mapping[str, Mapping[int, str]]
     ) -> Generator[Progress, None, AdapterPage]:
         settings = self.settings
         tokenizer = ChatTokenizer.load(self.lm)
         pad = tokenizer.tokenizer.pad_token_id
         pad = pad if isinstance(pad, int) else 0
         rng = np.random.default_rng(settings.seed)
-        held = list(learnt.material.held_out)
-        held = [held[i] for i in rng.permutation(len(held))[: settings.num_rows]]
-        ranking, checking = held[::2], held[1::2]
+        # The first of each two rows have chosen the step that was kept: they rank.
+        held = learnt.material.held_out
+        ranking, checking = (
+            [half[i] for i in rng.permutation(len(half))[: settings.num_rows // 2]]
+            for half in (held[::2], held[1::2])
+        )
+        points = {point: HookPoint.parse(point) for point in self._saes}
+        encoders = {point: load_encoder(sae) for point, sae in self._saes.items()}
+        yield "looking at drift", 0, 1, ""
+        drifts = {
+            point: drift(model, encoders[point], _texts(checking), pad=pad, point=points[point])
+            for point in points
+        }
         found: Attribution | None = None
         checked: Verification | None = None
-        dial: Dial | None = None
+        places: list[tuple[str, int]] = []
         pushed: list[Pushed] = []
+        ranked: list[Ranked] = []
         if self._on_latents:
             dial = Dial(model, pad)
+            places = [(str(site.point), int(i)) for site in dial.sites for i in site.latents]
             yield "ranking latents", 0, 1, f"on {len(ranking)} held-out rows"
             found = attribute(dial, units_of(ranking))  # pyright: ignore[reportArgumentType]
             for done, total, result in verify(
                 dial, units_of(checking), found,  # pyright: ignore[reportArgumentType]
                 num_top=settings.num_top, num_drawn=settings.num_drawn,
-                density=self._density(model, dial, ranking, pad), seed=settings.seed,
+                density=np.array([drifts[point].density[i] for point, i in places]),
+                seed=settings.seed,
             ):  # fmt: skip
                 yield "checking latents", done, total, ""
                 checked = result
             assert checked is not None
             yield "looking for rows that asked for them", 0, 1, ""
-            pushed = self._pushed(dial, learnt, checked, tokenizer, rng)
-        drifts: dict[str, Drift] = {}
-        labels: dict[str, Mapping[int, str]] = {}
-        for point, place in self._saes(dial, sae).items():
-            yield "looking at drift", 0, 1, point
-            encoder = load_encoder(place)
-            drifts[point] = drift(model, encoder, _texts(checking), pad=pad)
-            labels[point] = labels_of(place, settings.labels)
+            ranked = [
+                Ranked.of(one, places[one.number], found, checked, labels, drifts)
+                for one in checked.top
+            ]
+            pushed = self._pushed(dial, learnt, ranked, tokenizer, rng)
         yield "answering", 0, 1, ""
         answered = [
             Answered(
@@ -220,61 +283,38 @@ class Explaining:
             )
             for row in _texts(checking)[: settings.num_answers]
         ]
-        ranked: list[Ranked] = []
-        if dial is not None and found is not None and checked is not None:
-            ranked = [
-                Ranked.of(one, dial.place(one.number), found, labels, drifts) for one in checked.top
-            ]
         return AdapterPage(
-            card=self.card, attribution=found, verification=checked, ranked=ranked,
-            pushed=[_relabelled(one, labels) for one in pushed], drifts=drifts, labels=labels,
-            answered=answered, num_ranking=len(ranking), num_checking=len(checking),
+            card=self.card, attribution=found, places=places, verification=checked, ranked=ranked,
+            pushed=pushed, drifts=drifts, labels=labels, answered=answered,
+            num_ranking=len(ranking), num_checking=len(checking),
         )  # fmt: skip
-
-    def _saes(self, dial: Dial | None, sae: str | None) -> dict[str, str]:
-        """Return where the SAE of each hook point lies."""
-        if dial is not None:
-            return {str(site.point): site.sae for site in dial.sites}
-        assert sae is not None
-        return {str(load_encoder(sae).hook_point): sae}
-
-    def _density(
-        self, model: PeftModel, dial: Dial, rows: Sequence[Example | PairExample], pad: int
-    ) -> np.ndarray:
-        """Return the share of tokens at which each latent of the dials is on in the base."""
-        return np.concatenate(
-            [
-                drift(model, load_encoder(site.sae), _texts(rows), pad=pad).density[site.latents]
-                for site in dial.sites
-            ]
-        )
 
     def _pushed(
         self,
         dial: Dial,
         learnt: Learnt,
-        checked: Verification,
+        ranked: Sequence[Ranked],
         tokenizer: ChatTokenizer,
         rng: np.random.Generator,
     ) -> list[Pushed]:
         """Return the rows that were trained on and asked for the first latents most."""
         train = list(learnt.material.train)
         some = [train[i] for i in rng.permutation(len(train))[: self.settings.audit_rows]]
-        first = (checked.verified or checked.top)[:_NUM_PUSHED]
+        first = ([one for one in ranked if one.is_verified] or ranked)[:_NUM_PUSHED]
         if not some or not first:
             return []
         by_row = pushes(dial, units_of(some))  # pyright: ignore[reportArgumentType]
         found = []
         for one in first:
-            asked = by_row[:, one.number]  # up is the way the edit went, whatever its sign
+            asked = by_row[:, one.checked.number]  # up is the way the edit went, whatever its sign
             order = np.argsort(-asked, kind="stable")[:_ROWS_EACH]
             rows = [
                 (some[i].id, float(asked[i]), _said(some[i], tokenizer))
                 for i in order.tolist()
                 if asked[i] > 0
             ]
-            site, latent = dial.place(one.number)
-            found.append(Pushed(str(site.point), latent, "", float((asked > 0).mean()), rows))
+            share = float((asked > 0).mean())
+            found.append(Pushed(one.point, one.latent, one.label, share, rows))
         return found
 
     def _write(self, page: AdapterPage) -> None:
@@ -296,12 +336,21 @@ def _settings_of(expert: Manifest) -> FinetuneSettings:
     """Return the settings that an expert was made with."""
     known = {k: v for k, v in expert.config.items() if k in FinetuneSettings.model_fields}
     named = {role: source.name for role, source in expert.sources.items()}
-    given = {role: named[role] for role in ("lm", "data", "retain", "general") if role in named}
-    given = {role: name for role, name in given.items() if name != EMBEDDED}
-    saes = [named[role] for role in sorted(named) if role.startswith("sae ")]
+    given = {role: named[role] for role in ("lm", "data") if named[role] != EMBEDDED}
+    # Rows are read alone, in which as many may be bad as were then.
+    unread = {"general_rows": 0, "max_rejected": 1.0}
     return FinetuneSettings.model_construct(
-        **{**FinetuneSettings().model_dump(), **known, **given, "sae": saes or None}
+        **{**FinetuneSettings().model_dump(), **known, **given, **unread}
     )
+
+
+def _is_of(labels: str, sae: str) -> bool:
+    """Say whether labels are a SAE's own."""
+    try:
+        read_labels(labels, sae)
+    except ModelError:
+        return False
+    return True
 
 
 def _texts(rows: Sequence[Example | PairExample]) -> list[Example]:
@@ -311,8 +360,3 @@ def _texts(rows: Sequence[Example | PairExample]) -> list[Example]:
 def _said(row: Example | PairExample, tokenizer: ChatTokenizer) -> str:
     (one,) = _texts([row])
     return str(tokenizer.tokenizer.decode(one.ids))
-
-
-def _relabelled(one: Pushed, labels: Mapping[str, Mapping[int, str]]) -> Pushed:
-    label = labels.get(one.point, {}).get(one.latent, "unlabelled")
-    return Pushed(one.point, one.latent, label, one.share, one.rows)

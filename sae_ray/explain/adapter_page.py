@@ -5,11 +5,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from jaxtyping import Bool
 from markupsafe import Markup
 
 from sae_ray.experts.card import ExpertCard
 from sae_ray.explain.attribution import MAX_GAP, Attribution
-from sae_ray.explain.dial import Site
 from sae_ray.explain.drift import TRUE_FROM, Drift
 from sae_ray.explain.filled import fill
 from sae_ray.explain.verification import Checked, Curve, Verification
@@ -17,6 +17,7 @@ from sae_ray.explain.verification import Checked, Curve, Verification
 WIDTH, HEIGHT = 640.0, 160.0
 _IN_WORDS = 4
 _NUM_DRIFTED = 10
+_CHECKS = {"checked", "is_verified"}
 _MIN_DENSITY = 1e-4
 
 
@@ -28,32 +29,35 @@ class Ranked:
     latent: int
     label: str
     share: float
-    """Of the whole effect."""
+    """Of the whole effect, what it does alone; on the rows that check."""
     checked: Checked
     is_beyond_chance: bool
     drift: float | None
-    """Correlation of its activations before and after."""
+    """Correlation of its activations before and after; None where it is silent."""
+    is_verified: bool
 
     @classmethod
     def of(
         cls,
         checked: Checked,
-        place: tuple[Site, int],
+        place: tuple[str, int],
         found: Attribution,
+        verification: Verification,
         labels: Mapping[str, Mapping[int, str]],
         drifts: Mapping[str, Drift],
     ) -> "Ranked":
         """Join what is known of a latent."""
-        site, latent = place
-        point = str(site.point)
+        point, latent = place
+        correlation = float(drifts[point].correlation[latent])
         return cls(
             point=point,
             latent=latent,
             label=labels.get(point, {}).get(latent, "unlabelled"),
-            share=float(found.scores[checked.number]) / (found.effect or 1e-30),
+            share=checked.added_in.mean / (verification.effect.mean or 1e-30),
             checked=checked,
             is_beyond_chance=bool(found.beyond_chance[checked.number]),
-            drift=float(drifts[point].correlation[latent]) if point in drifts else None,
+            drift=None if np.isnan(correlation) else correlation,
+            is_verified=checked in verification.verified,
         )
 
     @property
@@ -102,6 +106,8 @@ class AdapterPage:
     card: ExpertCard
     attribution: Attribution | None
     """None of an adapter that changes weights."""
+    places: Sequence[tuple[str, int]]
+    """Hook point and number in the SAE of each latent that was scored."""
     verification: Verification | None
     ranked: Sequence[Ranked]
     pushed: Sequence[Pushed]
@@ -114,7 +120,7 @@ class AdapterPage:
     @property
     def verified(self) -> list[Ranked]:
         """Return the latents whose part in the change is borne out."""
-        return [one for one in self.ranked if one.checked.is_verified]
+        return [one for one in self.ranked if one.is_verified]
 
     @property
     def summary(self) -> str:
@@ -128,6 +134,8 @@ class AdapterPage:
         effect = self.verification.effect
         what = "margin of the chosen reply" if self.card.objective == "dpo" else "held-out replies"
         how = f"{effect.mean:+.2f} nats a row [{effect.low:+.2f}, {effect.high:+.2f}]"
+        if effect.low <= 0 <= effect.high:
+            return f"On {what} the adapter makes {how}: no change beyond its interval to explain."
         if not self.verified:
             return (
                 f"On {what} the adapter makes {how}. No single latent is verified to be behind "
@@ -136,12 +144,11 @@ class AdapterPage:
             )
         first = self.verified[:_IN_WORDS]
         told = ", ".join(f"{one.name} ({one.share:.0%})" for one in first)
-        share = sum(one.share for one in self.verified)
-        num = len(self.verified)
+        num, share = len(self.verified), self.verification.kept_by_verified
         return (
             f"On {what} the adapter makes {how}. {num} latent{'s' * (num > 1)} "
-            f"{'are' if num > 1 else 'is'} verified to be behind it, with {share:.0%} of the change"
-            f": {told}{', and others' * (num > len(first))}."
+            f"{'are' if num > 1 else 'is'} verified to be behind it, alone with {share:.0%} of the "
+            f"change: {told}{', and others' * (num > len(first))}."
         )
 
     @property
@@ -150,7 +157,7 @@ class AdapterPage:
         found = []
         if self.attribution and self.attribution.gap > MAX_GAP:
             found.append(
-                f"scores miss {self.attribution.gap:.0%} of the change at "
+                f"scores add up to the change but for {self.attribution.gap:.0%} of it, at "
                 f"{self.attribution.num_points} points of the path (at most {MAX_GAP:.0%} are "
                 "wanted): latents switch on and off along it"
             )
@@ -180,7 +187,7 @@ class AdapterPage:
     def drifted(self, point: str) -> list[tuple[int, str, float, float, float]]:
         """Return the latents whose means moved most: number, label, density, means."""
         one = self.drifts[point]
-        moved = np.abs(one.mean_after - one.mean) * (one.density > _MIN_DENSITY)
+        moved = np.abs(one.mean_after - one.mean) * _heard(one)
         order = np.argsort(-moved, kind="stable")[:_NUM_DRIFTED]
         names = self.labels.get(point, {})
         return [
@@ -197,24 +204,27 @@ class AdapterPage:
     def share_true(self, point: str) -> float:
         """Return the share of latents, of those that are on, whose labels go on being true."""
         one = self.drifts[point]
-        on = one.density > _MIN_DENSITY
-        return float((one.correlation[on] >= TRUE_FROM).mean()) if on.any() else 1.0
+        heard = _heard(one)
+        return float((one.correlation[heard] >= TRUE_FROM).mean()) if heard.any() else 1.0
 
     def rows(self) -> list[dict[str, Any]]:
         """Return a row a latent, with all that is known of it."""
+        scores = self._scores()
+        checked = {self.places[one.number]: one for one in self._checked()}
         found = []
-        ranked = {(one.point, one.latent): one for one in self.ranked}
         for point, one in self.drifts.items():
             names = self.labels.get(point, {})
             for latent in range(len(one.density)):
-                mine = ranked.get((point, latent))
+                mine = checked.get((point, latent))
                 found.append(
                     {
                         "hook_point": point,
                         "latent": latent,
                         "label": names.get(latent, "unlabelled"),
-                        "score_nats": mine.checked.score if mine else None,
-                        "verified": mine.checked.is_verified if mine else None,
+                        "score_nats": scores.get((point, latent)),
+                        "left_out_nats": mine.left_out.mean if mine else None,
+                        "added_in_nats": mine.added_in.mean if mine else None,
+                        "verified": mine.is_verified if mine else None,
                         "density": float(one.density[latent]),
                         "density_after": float(one.density_after[latent]),
                         "mean": float(one.mean[latent]),
@@ -224,6 +234,16 @@ class AdapterPage:
                     }
                 )
         return found
+
+    def _scores(self) -> dict[tuple[str, int], float]:
+        if self.attribution is None:
+            return {}
+        each = self.attribution.scores / self.attribution.num_units
+        return dict(zip(self.places, each.tolist(), strict=True))
+
+    def _checked(self) -> list[Checked]:
+        one = self.verification
+        return [*one.top, *one.drawn] if one else []
 
     def to_json(self) -> dict[str, Any]:
         """Return the facts of the page in plain values."""
@@ -242,10 +262,15 @@ class AdapterPage:
                 "num_beyond_chance": int(found.beyond_chance.sum()),
             },
             "verification": self.verification and self.verification.to_json(),
+            "places": [
+                {"number": one.number, "hook_point": point, "latent": latent}
+                for one in self._checked()
+                for point, latent in [self.places[one.number]]
+            ],
             "latents": [
                 {
-                    **{k: v for k, v in dataclasses.asdict(one).items() if k != "checked"},
-                    "verified": one.checked.is_verified,
+                    **{k: v for k, v in dataclasses.asdict(one).items() if k not in _CHECKS},
+                    "verified": one.is_verified,
                 }
                 for one in self.ranked
             ],
@@ -260,6 +285,11 @@ class AdapterPage:
             },
             "answers": [{"before": one.before, "after": one.after} for one in self.answered],
         }
+
+
+def _heard(one: Drift) -> Bool[np.ndarray, " d_sae"]:
+    """Say which latents are on at more than a stray token, before or after."""
+    return (one.density > _MIN_DENSITY) | (one.density_after > _MIN_DENSITY)
 
 
 def render(page: AdapterPage) -> str:

@@ -4,7 +4,6 @@ A label was found on the base. Where a latent still rises and falls with what it
 (correlation over tokens) and is still on where it was, the label goes on being true.
 """
 
-import contextlib
 import dataclasses
 from collections.abc import Sequence
 
@@ -13,11 +12,12 @@ import torch
 from jaxtyping import Float
 from peft import PeftModel
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from sae_ray.adapters.examples import Example
-from sae_ray.adapters.replies import padded
+from sae_ray.adapters.replies import labels_of, padded
 from sae_ray.explain.dial import by_length
-from sae_ray.lm import family_of, visiting
+from sae_ray.lm import HookPoint, family_of, visiting
 from sae_ray.sae.encoder import LatentEncoder
 
 TRUE_FROM = 0.7
@@ -29,7 +29,7 @@ PerLatent = Float[np.ndarray, " d_sae"]
 
 @dataclasses.dataclass(frozen=True)
 class Drift:
-    """Of every latent, over all tokens of some rows."""
+    """Of every latent, over all tokens of some rows but the first, at which attention sinks lie."""
 
     num_tokens: int
     density: PerLatent
@@ -38,19 +38,9 @@ class Drift:
     mean: PerLatent
     mean_after: PerLatent
     correlation: PerLatent
-    """Of its activations before and after; 0 where it never changes."""
+    """Of its activations before and after; not a number where either never changes."""
     kept: PerLatent
-    """Of the tokens at which it was on, the share at which it still is."""
-
-    def is_true(self, latent: int) -> bool:
-        """Say whether a label found on the base still says what the latent does."""
-        return bool(self.correlation[latent] >= TRUE_FROM)
-
-    @property
-    def shift(self) -> PerLatent:
-        """Return how far each mean has moved, in units of the larger of both."""
-        larger = np.maximum(np.maximum(self.mean, self.mean_after), 1e-9)
-        return (self.mean_after - self.mean) / larger
+    """Of the tokens at which it was on, the share at which it still is; not a number if none."""
 
 
 @torch.no_grad()
@@ -60,18 +50,20 @@ def drift(
     rows: Sequence[Example],
     *,
     pad: int,
+    point: HookPoint | None = None,
     batch_tokens: int = 2048,
 ) -> Drift:
     """Read rows with an adapter and without it, and compare every latent.
 
     Args:
         model: with its adapter.
-        encoder: of the SAE whose latents are looked at, at its own hook point.
+        encoder: of the SAE whose latents are looked at.
         rows: what is read.
         pad: token that fills up batches.
+        point: where it is read; the SAE's own hook point unless given.
         batch_tokens: tokens of a forward, padding included.
     """
-    device = next(model.parameters()).device
+    device, point = next(model.parameters()).device, point or encoder.hook_point
     encoder = encoder.to(dtype=torch.float32, device=device)
     sums = torch.zeros(8, encoder.d_sae, dtype=torch.float64, device=device)
     num_tokens = 0
@@ -79,8 +71,8 @@ def drift(
         batch = [rows[i] for i in numbers]
         ids, real, learnt = (one.to(device) for one in padded(batch, pad))
         with model.disable_adapter():
-            before = _read(model, encoder, ids, real, learnt)
-        after = _read(model, encoder, ids, real, learnt)
+            before = _read(model, point, ids, real, learnt)
+        after = _read(model, point, ids, real, learnt)
         num_tokens += len(before)
         for low in range(0, encoder.d_sae, _LATENTS_AT_ONCE):
             chosen = np.arange(low, min(low + _LATENTS_AT_ONCE, encoder.d_sae))
@@ -101,21 +93,22 @@ def drift(
     num = max(num_tokens, 1)
     covariance = ab / num - a * b / num**2
     spread = np.sqrt(np.maximum((aa / num - (a / num) ** 2) * (bb / num - (b / num) ** 2), 0))
+    nothing = np.full_like(a, np.nan)
     return Drift(
         num_tokens=num_tokens,
         density=on / num,
         density_after=still / num,
         mean=a / num,
         mean_after=b / num,
-        correlation=np.divide(covariance, spread, out=np.zeros_like(a), where=spread > 1e-12),
-        kept=np.divide(both, on, out=np.zeros_like(a), where=on > 0),
+        correlation=np.divide(covariance, spread, out=nothing.copy(), where=spread > 1e-12),
+        kept=np.divide(both, on, out=nothing.copy(), where=on > 0),
     )
 
 
 def _read(
-    model: PeftModel, encoder: LatentEncoder, ids: Tensor, real: Tensor, learnt: Tensor
+    model: PeftModel, point: HookPoint, ids: Tensor, real: Tensor, learnt: Tensor
 ) -> Float[Tensor, "tokens d_in"]:
-    """Return the activations of real tokens as the model goes on with them."""
+    """Return the activations of real tokens but the first, as the model goes on with them."""
     seen: list[Tensor] = []
 
     def visit(x: Tensor) -> Tensor:
@@ -123,9 +116,8 @@ def _read(
         return x
 
     whole = model.get_base_model()
-    family = family_of(whole.config)  # pyright: ignore[reportArgumentType]
-    labels = ids.masked_fill(~learnt, -100)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(visiting(whole.base_model, family, encoder.hook_point, visit))  # pyright: ignore[reportArgumentType]
+    assert isinstance(whole, PreTrainedModel)
+    with visiting(whole.get_decoder(), family_of(whole.config.get_text_config()), point, visit):
+        labels = labels_of(ids, learnt)
         model(input_ids=ids, attention_mask=real.long(), labels=labels, use_cache=False)
-    return seen[-1][real].float()
+    return seen[-1][:, 1:][real[:, 1:]].float()

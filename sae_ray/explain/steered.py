@@ -8,8 +8,8 @@ import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
 
-from sae_ray.chat import ChatTokenizer, Message
-from sae_ray.errors import ModelError, TaskError
+from sae_ray.chat import ChatTokenizer, Conversation, Message, Tokens
+from sae_ray.errors import ModelError
 from sae_ray.lm import LanguageModel
 from sae_ray.sae.encoder import LatentEncoder
 from sae_ray.sae.quality import Quality
@@ -25,6 +25,8 @@ _NUM_LATENTS = 2
 _NUM_INSTANCES = 200
 """Held-out instances in which special tokens' latents are looked for."""
 _NEW_TOKENS = 48
+_PROMPT_TOKENS = 512
+"""Of a prompt that is asked: of each answer log probabilities of all its tokens are held."""
 _SHOWN: tuple[Arm, ...] = ("none", "latent", "random")
 _SAYS = {
     "none": "left alone",
@@ -80,7 +82,8 @@ class SpecialSteering:
         self, encoder: LatentEncoder, quality: Quality | None, labels: Mapping[int, str]
     ) -> list[SteeredLatent]:
         """Return what pushing a SAE's latents does; its quality says how long the stream is."""
-        if self.whole is None or quality is None or not self.prompts:
+        prompts = self._fitting()
+        if self.whole is None or quality is None or not prompts:
             return []
         length = (quality.parts.get("content") or quality.parts["all"]).mean_norm
         alphas = [strength * length for strength in STRENGTHS]
@@ -90,19 +93,30 @@ class SpecialSteering:
             try:
                 steering = Steering(self.whole, encoder, special.latent)
                 said = list(
-                    steer(
-                        steering, self.tokenizer, self.prompts, alphas, max_new_tokens=_NEW_TOKENS
-                    )
+                    steer(steering, self.tokenizer, prompts, alphas, max_new_tokens=_NEW_TOKENS)
                 )
-            except (ModelError, TaskError) as error:  # the rest of the page is worth having
+            except ModelError as error:  # the rest of the page is worth having
                 logger.warning("latent %d is not pushed: %s", special.latent, error)
                 continue
-            found.append(self._told(special, said, length, labels))
+            found.append(self._told(special, prompts[0], said, length, labels))
         return found
+
+    def _fitting(self) -> list[Sequence[Message]]:
+        """Return the prompts that leave room for an answer and that the template takes."""
+        asked = [Conversation(str(i), list(one)) for i, one in enumerate(self.prompts)]
+        rows = self.tokenizer.tokenize(asked, _PROMPT_TOKENS + 1, generation_prompt=True)
+        config = self.whole.model.config if self.whole else None
+        room = (getattr(config, "max_position_embeddings", None) or 2**31) - _NEW_TOKENS
+        most = min(room, _PROMPT_TOKENS)
+        fits = [isinstance(row, Tokens) and len(row) <= most for row in rows]
+        if left_out := len(fits) - sum(fits):
+            logger.warning("%d prompts are too long, or the template refuses them", left_out)
+        return [prompt for prompt, fit in zip(self.prompts, fits, strict=True) if fit]
 
     def _told(
         self,
         special: SpecialLatent,
+        prompt: Sequence[Message],
         said: Sequence[Answer],
         length: float,
         labels: Mapping[int, str],
@@ -115,7 +129,7 @@ class SpecialSteering:
             latent=special.latent,
             label=labels.get(special.latent),
             effects=_effects(said, length),
-            question=self.prompts[0][-1]["content"],
+            question=prompt[-1]["content"],
             answers=[(_named(one, length), one.text) for one in shown],
         )
 

@@ -18,6 +18,7 @@ _EXPANSION = 8
 """Width of a SAE in widths of the hook point, where none is given."""
 _INCIDENTAL = {
     "checkpoint_every", "max_failures", "max_rejected", "min_workers", "trackers", "lm", "data",
+    "steer_prompts",
 }  # fmt: skip
 """What says how a run goes on or where it reports: it may be continued with others."""
 

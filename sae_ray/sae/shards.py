@@ -132,11 +132,13 @@ class InstanceReader:
     def held_out_prompts(self, slices: Sequence[Slice], num_rows: int) -> list[list[Message]]:
         """Return what held-out conversations say before the first answer, of about so many."""
         prompts: list[list[Message]] = []
-        for part in _from_all_over(slices):
+        for part in _from_all_over(slices) if num_rows else ():
             for row in read_texts(part, plain_text=self.plain_text):
                 if len(prompts) >= num_rows:
                     return prompts
-                if isinstance(row, Rejected) or not self.is_held_out(row.conversation.id):
+                if isinstance(row, Rejected) or row.number in self.repeats:
+                    continue
+                if not self.is_held_out(row.conversation.id):
                     continue
                 said = row.conversation.messages
                 prompt = list(itertools.takewhile(lambda one: one["role"] != "assistant", said))

@@ -27,7 +27,7 @@ def made(
 ) -> Callable[..., Path]:
     """Trains an expert of a kind on a pool in which a row holds markup, once for each kind."""
     folder = tmp_path_factory.mktemp("experts")
-    rows = [json.loads(line) for line in write_pool(folder / "plain", 80).read_text().splitlines()]
+    rows = [json.loads(line) for line in write_pool(folder / "plain", 120).read_text().splitlines()]
     for row in rows:
         row["messages"][-1]["content"] += " <script>alert(1)</script>"
     pool = folder / "pool.jsonl"
@@ -59,7 +59,7 @@ def test_an_expert_on_latents_is_explained_with_the_same_facts_on_page_and_in_js
     assert told["summary"] in shown
     assert told["summary"].split(" nats")[0].split("makes ")[1] in page
     assert told["attribution"]["gap"] <= 0.05
-    assert told["num_ranking"] + told["num_checking"] == 16
+    assert told["num_ranking"] + told["num_checking"] == 24
     assert len(told["latents"]) == 2
     assert len(told["verification"]["drawn"]) == 2
     names = [curve["order"] for curve in told["verification"]["curves"]]
@@ -77,12 +77,21 @@ def test_an_expert_on_latents_is_explained_with_the_same_facts_on_page_and_in_js
     assert "&lt;script&gt;alert" in page
     table = pq.read_table(out / "latents.parquet").to_pylist()
     assert len(table) == 64
-    assert sum(row["score_nats"] is not None for row in table) == 2
+    assert all(row["score_nats"] is not None for row in table)
+    assert sum(row["left_out_nats"] is not None for row in table) == 4
+    assert len(told["places"]) == 4
     assert len(told["answers"]) == 2
     before = open_artifact(str(out), KIND).created
     assert run(f"--expert={expert}", f"--out={out}", *SMALL) == 0
     assert open_artifact(str(out), KIND).created == before
 
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_what_has_changed_since_is_refused_and_what_has_moved_may_be_named(
+    made: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expert = made("steering")
     weights = expert / "adapter" / "adapter_model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
@@ -94,8 +103,21 @@ def test_an_expert_on_latents_is_explained_with_the_same_facts_on_page_and_in_js
     shutil.move(sae, sae.with_suffix(".gone"))
     assert run(f"--expert={expert}", f"--out={tmp_path / 'other'}", *SMALL) == 2
     assert str(sae) in capsys.readouterr().err
+    # A copy may be named, if it is the SAE that the adapter was made on.
+    assert run(f"--expert={expert}", f"--sae={tmp_path}", f"--out={tmp_path / 'no'}", *SMALL) == 2
+    moved = f"--sae={sae.with_suffix('.gone')}"
+    assert run(f"--expert={expert}", moved, f"--out={tmp_path / 'other'}", *SMALL) == 0
+    again = json.loads((tmp_path / "other" / "explanation.json").read_text())
+    assert len(again["latents"]) == 2
     shutil.move(sae.with_suffix(".gone"), sae)
-    assert not (tmp_path / "other" / "report.html").exists()
+    # Rows that were added might be taken for held out.
+    pool = expert.parent / "pool.jsonl"
+    rows = pool.read_text()
+    pool.write_text(rows + rows.replace('"row-', '"more-'))
+    capsys.readouterr()
+    assert run(f"--expert={expert}", f"--out={tmp_path / 'third'}", *SMALL) == 2
+    assert "does not hold the rows any more" in capsys.readouterr().err
+    pool.write_text(rows)
 
 
 @pytest.mark.slow

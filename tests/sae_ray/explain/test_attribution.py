@@ -12,9 +12,9 @@ from sae_ray.adapters.attach import AdapterSpec, attach
 from sae_ray.adapters.edits import LATENT_KINDS
 from sae_ray.adapters.examples import Example, PairExample
 from sae_ray.errors import ModelError
-from sae_ray.explain.attribution import attribute, overlap, screen
+from sae_ray.explain.attribution import attribute, overlap, pushes, screen
 from sae_ray.explain.dial import Dial, units_of
-from sae_ray.explain.verification import named, verify
+from sae_ray.explain.verification import verify
 from tests.sae_ray.explain.planted import edit_of, learn, plant, rows_said_by
 
 POINTS = ("blocks.0.hook_resid_post", "blocks.1.hook_mlp_out")
@@ -41,7 +41,7 @@ def test_scores_of_two_sites_add_up_to_the_change(kind, rows, any_tiny_lm, whole
     spec = AdapterSpec(kind=kind, sae=saes)
     if kind == "residual":
         spec = AdapterSpec(kind=kind, sae=saes, hidden=5)
-    model = shaken(attach(whole(any_tiny_lm), spec), 0.05)
+    model = shaken(attach(whole(any_tiny_lm), spec), 0.15)
     dial, units = Dial(model, 0), units_of(rows)
     assert dial.num_latents == 128
     on, off = np.ones(128, dtype=np.float32), np.zeros(128, dtype=np.float32)
@@ -52,7 +52,9 @@ def test_scores_of_two_sites_add_up_to_the_change(kind, rows, any_tiny_lm, whole
     found = attribute(dial, units)
     assert abs(found.effect - (tuned - base).sum()) < 1e-3
     assert abs(tuned - base).sum() > 0.1
-    assert found.gap <= 0.05 or found.num_points == 72
+    # Of what opposes each other little may be left: the bar is then the sum of both.
+    missing = abs(found.scores.sum() - found.effect)
+    assert missing <= max(0.05 * abs(found.effect), 0.005 * np.abs(found.scores).sum())
     assert found.scores.shape == (128,)
     # No latent's edit is without effect, at either site.
     assert (found.scores[:64] != 0).mean() > 0.5
@@ -64,6 +66,7 @@ def test_a_slope_is_what_a_small_turn_does(rows, tiny_lm, whole, sae_at) -> None
     dial = Dial(shaken(attach(whole(tiny_lm), spec), 0.1), 0)
     units, dials = units_of(rows), np.zeros(64, dtype=np.float32)
     first = screen(dial, units)
+    np.testing.assert_allclose(pushes(dial, units).sum(0), first, atol=1e-3)
     for latent in (0, 17, 63):
         up, down = dials.copy(), dials.copy()
         up[latent], down[latent] = 0.2, -0.2
@@ -98,9 +101,9 @@ def test_a_planted_latent_is_ranked_first_and_verified(tiny_lm, whole, sae_at) -
             assert curve.kept[-1] == pytest.approx(1)
             assert curve.removed[-1] == pytest.approx(1)
         assert result.agreement("added_in") > 0.8
-        (first,) = named(dial, [latent], {"blocks.1.hook_resid_post": {latent: "it"}})
-        assert first == ("blocks.1.hook_resid_post", latent, "it")
-        assert named(dial, [1], {})[0][2] == "unlabelled"
+        site, number = dial.place(latent)
+        assert (str(site.point), number) == ("blocks.1.hook_resid_post", latent)
+        assert 0.8 < result.kept_by_verified < 1.2
     assert overlap(found[0], found[0], 5) == 1
     assert overlap(found[0], found[1], 5) < 1
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from sae_ray.chat import ChatTokenizer, Conversation, Message
 from sae_ray.explain.steered import STRENGTHS, SpecialSteering
@@ -75,8 +76,18 @@ def test_without_questions_or_a_head_nothing_is_pushed(pushing) -> None:
     assert dataclasses.replace(steered, whole=None)(encoder, quality, {}) == []
 
 
-def test_what_cannot_be_pushed_leaves_the_rest_of_the_page(pushing, caplog) -> None:
+def test_prompts_that_cannot_be_asked_are_left_out(pushing, caplog) -> None:
     steered, encoder, quality = pushing
-    # The template refuses an empty conversation.
-    assert dataclasses.replace(steered, prompts=[[]])(encoder, quality, {}) == []
-    assert "is not pushed: prompt 0 cannot be asked" in caplog.text
+    # The template refuses an empty conversation, and the model has 512 positions.
+    long: list[Message] = [{"role": "user", "content": "orders of each customer " * 200}]
+    more = dataclasses.replace(steered, prompts=[[], long, *PROMPTS])
+    assert more(encoder, quality, {}) == steered(encoder, quality, {})
+    assert "2 prompts are too long" in caplog.text
+    assert dataclasses.replace(steered, prompts=[[], long])(encoder, quality, {}) == []
+
+
+def test_a_latent_without_controls_leaves_the_rest_of_the_page(pushing, caplog) -> None:
+    steered, encoder, quality = pushing
+    narrow = dataclasses.replace(encoder, W_dec=torch.ones_like(encoder.W_dec))
+    assert steered(narrow, quality, {}) == []
+    assert "is not pushed: latent" in caplog.text
