@@ -12,6 +12,7 @@ latents as dense.
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -145,12 +146,7 @@ def verify(
     counts = _counts(total)
     num_steps, done = 2 + 2 * len(top) + 2 * len(drawn) + 2 * len(orders) * len(counts), 0
 
-    def look(*numbers: int | np.ndarray, on: bool) -> Float[np.ndarray, " units"]:
-        dials = np.full(total, 0.0 if on else 1.0, dtype=np.float32)
-        for one in numbers:
-            dials[one] = 1.0 if on else 0.0
-        return dial.looks(units, dials)
-
+    look = functools.partial(_look, dial, units)
     whole, base = look(on=False), look(on=True)
     done += 2
     together = max(1, len(top) + len(drawn))
@@ -179,6 +175,16 @@ def verify(
         kept = float((look(*mine, on=True) - base).sum()) / effect
         result = dataclasses.replace(result, kept_by_verified=kept)
     yield num_steps, num_steps, result
+
+
+def _look(
+    dial: Dial, units: Sequence[Unit], *numbers: int | np.ndarray, on: bool
+) -> Float[np.ndarray, " units"]:
+    """Look with these latents alone turned on, or off."""
+    dials = np.full(dial.num_latents, 0.0 if on else 1.0, dtype=np.float32)
+    for one in numbers:
+        dials[one] = 1.0 if on else 0.0
+    return dial.looks(units, dials)
 
 
 def _orders(
