@@ -6,14 +6,16 @@ from typing import Literal, get_args
 
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from pydantic import BaseModel, ConfigDict, model_validator
+from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from sae_ray.adapters.edits import LATENT_KINDS, LatentEdit
 from sae_ray.adapters.factors import Leaning
 from sae_ray.adapters.latent import LatentConfig
 from sae_ray.adapters.positions import Where
 from sae_ray.adapters.subspace import Mode, Side, Subspace, hold, lora_config, place_subspace
-from sae_ray.errors import ConfigError
+from sae_ray.errors import ConfigError, ModelError
 from sae_ray.sae.labels import fingerprint
 from sae_ray.sae.pretrained import load_encoder
 
@@ -21,7 +23,7 @@ Kind = Literal["lora", "subspace", "steering", "scale", "affine", "residual"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 _SETTINGS: dict[str, set[str]] = {
-    "lora": {"r", "alpha", "targets"},
+    "lora": {"r", "alpha", "targets", "layers"},
     "subspace": {"subspaces", "mode", "sides", "scale", "soft_weight"},
     **{
         kind: {"sae", "hook_points", "latents", "positions", "l1", "edit_penalty"}
@@ -44,6 +46,8 @@ class AdapterSpec(BaseModel):
     """Scale times rank, for lora; the rank unless given."""
     targets: tuple[str, ...] | None = None
     """Names of the matrices that lora changes; all linear ones but the head unless given."""
+    layers: tuple[int, ...] | None = None
+    """Numbers of the layers that lora changes; all unless given."""
     subspaces: tuple[str, ...] = ()
     """Folders of subspaces, as `Subspace.save` writes them."""
     scale: float = 1.0
@@ -108,7 +112,11 @@ def attach(
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     assert isinstance(base, PreTrainedModel)
     subspaces = [Subspace.load(folder) for folder in spec.subspaces]
-    config = lora_config(base, subspaces, spec.sides, spec.scale) if subspaces else config_of(spec)
+    if subspaces:
+        config = lora_config(base, subspaces, spec.sides, spec.scale)
+    else:
+        config = config_of(spec)
+        _resolve_layers(base, spec, config)
     if isinstance(model, PeftModel):
         model.add_adapter(name, config)
     else:
@@ -119,6 +127,34 @@ def attach(
             model, subspace, spec.mode, spec.sides, name=name, soft_weight=spec.soft_weight
         )
     return model
+
+
+def _resolve_layers(base: PreTrainedModel, spec: AdapterSpec, config: PeftConfig) -> None:
+    """Name the matrices of the layers that lora changes: PEFT wants names where layers are given.
+
+    Raises:
+        ModelError: the model lacks a layer, or a matrix of that name.
+    """
+    if spec.kind != "lora" or (spec.layers is None and spec.targets is None):
+        return
+    assert isinstance(config, LoraConfig)
+    num_layers = base.config.get_text_config().num_hidden_layers
+    if beyond := [one for one in spec.layers or () if not 0 <= one < num_layers]:
+        raise ModelError(
+            f"layers={beyond[0]} and the model has layers 0 to {num_layers - 1}: give some of these"
+        )
+    head = base.get_output_embeddings()
+    names = {
+        path.rpartition(".")[2]
+        for path, module in base.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and module is not head
+    }
+    if unknown := sorted(set(spec.targets or ()) - names):
+        raise ModelError(
+            f"targets={unknown[0]} and the model has {', '.join(sorted(names))}: give some of these"
+        )
+    config.target_modules = sorted(spec.targets or names)
+    config.layers_to_transform = None if spec.layers is None else list(spec.layers)
 
 
 def hold_again(adapted: PeftModel, spec: AdapterSpec, *, name: str = "default") -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
+from jaxtyping import Float
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import (
@@ -97,16 +98,31 @@ class _Retaining:
     def _divergence(self, model: Any, rows: Sequence[Example]) -> Tensor:
         """Return KL(base || model) in nats a learnt token."""
         pad = self.processing_class.pad_token_id  # pyright: ignore
-        ids, real, learnt = (one.to(self.args.device) for one in padded(rows, pad))  # pyright: ignore
-        inputs = {"input_ids": ids, "attention_mask": real.long(), "use_cache": False}
         adapted: PeftModel = self.accelerator.unwrap_model(model)  # pyright: ignore
-        with torch.no_grad(), adapted.disable_adapter():
-            base = model(**inputs).logits[:, :-1][learnt[:, 1:]].float().log_softmax(-1)
-        if acts_on_answers(adapted):
-            inputs["labels"] = labels_of(ids, learnt)
-        with unpenalised(adapted):  # what is asked of the weights is asked once a batch
-            tuned = model(**inputs).logits[:, :-1][learnt[:, 1:]].float().log_softmax(-1)
-        return (base.exp() * (base - tuned)).sum(-1).mean()
+        return divergence(model, adapted, rows, pad, self.args.device).mean()  # pyright: ignore
+
+
+def divergence(
+    model: Any, adapted: PeftModel, rows: Sequence[Example], pad: int, device: Any
+) -> Float[Tensor, " tokens"]:
+    """Return KL(base || model) in nats of each learnt token.
+
+    Args:
+        model: what is called, however it is wrapped.
+        adapted: the model within, whose adapter can be switched off.
+        rows: read at once.
+        pad: id of the padding token.
+        device: where the model is.
+    """
+    ids, real, learnt = (one.to(device) for one in padded(rows, pad))
+    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": real.long(), "use_cache": False}
+    with torch.no_grad(), adapted.disable_adapter():
+        base = model(**inputs).logits[:, :-1][learnt[:, 1:]].float().log_softmax(-1)
+    if acts_on_answers(adapted):
+        inputs["labels"] = labels_of(ids, learnt)
+    with unpenalised(adapted):  # what is asked of the weights is asked once a batch
+        tuned = model(**inputs).logits[:, :-1][learnt[:, 1:]].float().log_softmax(-1)
+    return (base.exp() * (base - tuned)).sum(-1)
 
 
 class Sft(_Retaining, SFTTrainer):

@@ -34,6 +34,24 @@ _SOURCES = {"lm", "sae", "data", "general", "retain", "positive", "reference", "
 _SOURCES |= {"start_from"}
 
 
+_ON_LATENTS = {"positions", "l1", "hook_point"}
+_OWN: dict[AdapterName, set[str]] = {
+    "lora": {"r", "alpha", "targets", "layers"},
+    "subspace": {"mode", "positive", "reference", "control"},
+    "steering": _ON_LATENTS,
+    "scale": _ON_LATENTS,
+    "affine": _ON_LATENTS,
+    "residual": _ON_LATENTS | {"hidden"},
+    "full": set(),
+}
+"""Settings that not all kinds of adapter look at, by the kinds that do."""
+
+
+def of_others(adapter: AdapterName) -> set[str]:
+    """Return settings that are of other kinds of adapter alone."""
+    return set().union(*_OWN.values()) - _OWN[adapter]
+
+
 class FinetuneSettings(JobConfig, Recipe):
     """What training an expert depends on."""
 
@@ -58,6 +76,11 @@ class FinetuneSettings(JobConfig, Recipe):
     """Rank of lora."""
     alpha: float | None = Field(default=None, gt=0)
     """Scale of lora times its rank; the rank itself unless given."""
+    targets: list[str] | None = None
+    """Names of the matrices that lora changes, such as q_proj,down_proj; all linear ones but the
+    head unless given."""
+    layers: list[int] | None = None
+    """Numbers of the layers that lora changes, from 0; all unless given."""
     hidden: int = Field(default=16, ge=1)
     """Units of residual."""
     positions: Where = "all"
@@ -146,17 +169,10 @@ class FinetuneSettings(JobConfig, Recipe):
 
     def _of_no_use(self) -> dict[str, str]:
         """Return settings that this run would not look at, and why."""
-        kind = f"for --adapter {self.adapter}"
-        used = {
-            "lora": {"r", "alpha"},
-            "subspace": {"mode", "positive", "reference", "control"},
-            "residual": {"hidden", "positions", "l1", "hook_point"},
-            **dict.fromkeys(("steering", "scale", "affine"), {"positions", "l1", "hook_point"}),
-        }
-        every = set().union(*used.values())
         if self.start_from is not None:
+            every = set().union(*_OWN.values())
             return dict.fromkeys(sorted(every), "with --start_from, which keeps what it has")
-        found = dict.fromkeys(sorted(every - used.get(self.adapter, set())), kind)
+        found = dict.fromkeys(sorted(of_others(self.adapter)), f"for --adapter {self.adapter}")
         if self.num_workers == 0:
             found["offload"] = "with --num_workers 0, where DeepSpeed is not used"
         return found
@@ -186,7 +202,12 @@ class FinetuneSettings(JobConfig, Recipe):
             case "full":
                 return None
             case "lora":
-                return AdapterSpec(kind="lora", r=self.r, alpha=self.alpha)
+                where: dict[str, Any] = {
+                    name: tuple(given)
+                    for name in ("targets", "layers")
+                    if (given := getattr(self, name)) is not None
+                }
+                return AdapterSpec(kind="lora", r=self.r, alpha=self.alpha, **where)
             case "subspace":
                 return AdapterSpec(kind="subspace", subspaces=subspaces, mode=self.mode)
             case kind:

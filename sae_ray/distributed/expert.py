@@ -24,11 +24,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import JsonValue
 
-from sae_ray import tiny
 from sae_ray.adapters.finetune import Look, Step
 from sae_ray.adapters.material import Learnt, read_learnt, rows_path
 from sae_ray.adapters.settings import FinetuneSettings
-from sae_ray.adapters.spanning import span
 from sae_ray.artifacts import (
     FileRecord,
     Manifest,
@@ -51,7 +49,7 @@ from sae_ray.curate.sources import (
 )
 from sae_ray.distributed.finetune import Trained, Training, copied, train_expert
 from sae_ray.distributed.runtime import cluster
-from sae_ray.distributed.spans import SpanWork, pooled_rows
+from sae_ray.distributed.spans import keep_subspace, subspaces_of
 from sae_ray.errors import ConfigError, PoolError
 from sae_ray.evaluate.expert import compare
 from sae_ray.experts.card import ADAPTER, ExpertCard
@@ -110,7 +108,7 @@ class ExpertMaker:
             spanned = self._spanned(lm, saes, learnt, staging)
             # Claimed only now: what is refused leaves its folder to the run put right.
             begin(self.path, KIND, asked, parents, sources)
-            subspaces = tuple(self._keep(folder) for folder in spanned)
+            subspaces = tuple(keep_subspace(one, f"{self.path}/subspace") for one in spanned)
             training = Training(
                 lm=lm,
                 adapter=settings.spec(saes, subspaces),
@@ -201,29 +199,15 @@ class ExpertMaker:
             return []
         if settings.start_from is not None:
             return _copied_subspaces(settings.start_from, Path(staging))
-        sets = {
-            "positive": settings.positive or self._data,
-            "reference": settings.reference or str(tiny.pool_path()),
-            "control": settings.control,
-            "retain": settings.retain,
-        }
-        return span(
+        return subspaces_of(
+            settings,
+            self._data,
+            lm,
             saes,
-            {role: pool for role, pool in sets.items() if pool is not None},
-            Path(staging) / "subspaces",
-            lambda sae, slices: pooled_rows(slices, SpanWork(lm, sae), settings.num_workers),
             leave_out={row.id for row in learnt.material.held_out},
-            num_rows=settings.span_rows,
+            folder=Path(staging) / "subspaces",
             staging=staging,
-            seed=settings.seed,
         )
-
-    def _keep(self, folder: Path) -> str:
-        """Keep a subspace beside the expert, where every node finds it."""
-        place = f"{self.path}/subspace/{folder.name}"
-        for file in sorted(folder.iterdir()):
-            write_atomically(f"{place}/{file.name}", file.read_bytes())
-        return place
 
     def _require_same_base(self, base: str) -> None:
         """Refuse to go on from an expert of another model, where its card is there to say so."""

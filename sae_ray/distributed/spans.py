@@ -2,7 +2,8 @@
 
 import dataclasses
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 import ray.data
@@ -10,8 +11,11 @@ import torch
 from ray.data import ActorPoolStrategy
 from ray.exceptions import RayError
 
-from sae_ray import errors
+from sae_ray import errors, tiny
 from sae_ray.adapters.pooling import PooledRow, Skipped, SpanReader
+from sae_ray.adapters.settings import FinetuneSettings
+from sae_ray.adapters.spanning import span
+from sae_ray.artifacts import write_atomically
 from sae_ray.distributed.runtime import WORKER_ENV, cluster, plan_workers
 from sae_ray.errors import SaeRayError, WorkError
 from sae_ray.lm import DTypeName
@@ -32,6 +36,52 @@ class SpanWork:
     def load(self, device: str = "cpu") -> SpanReader:
         """Load model, SAE and tokenizer."""
         return SpanReader.load(self.lm, self.sae, dtype=self.dtype, device=device)
+
+
+def subspaces_of(
+    settings: FinetuneSettings,
+    data: str,
+    lm: str,
+    saes: tuple[str, ...],
+    *,
+    leave_out: Collection[str],
+    folder: Path,
+    staging: str,
+) -> list[Path]:
+    """Make the subspaces of a training's settings from what workers read of its pools.
+
+    Args:
+        settings: which pools, and how much of each.
+        data: the pool that is learnt from, which spans where no other is given.
+        lm: folder of the model.
+        saes: one subspace each.
+        leave_out: ids of rows that judge.
+        folder: local, for the subspaces.
+        staging: folder for what must be converted first.
+    """
+    sets = {
+        "positive": settings.positive or data,
+        "reference": settings.reference or str(tiny.pool_path()),
+        "control": settings.control,
+        "retain": settings.retain,
+    }
+    return span(
+        saes,
+        {role: pool for role, pool in sets.items() if pool is not None},
+        folder,
+        lambda sae, slices: pooled_rows(slices, SpanWork(lm, sae), settings.num_workers),
+        leave_out=leave_out,
+        num_rows=settings.span_rows,
+        staging=staging,
+        seed=settings.seed,
+    )
+
+
+def keep_subspace(folder: Path, place: str) -> str:
+    """Copy a subspace into a folder where every node finds it, and return where it lies."""
+    for file in sorted(folder.iterdir()):
+        write_atomically(f"{place}/{folder.name}/{file.name}", file.read_bytes())
+    return f"{place}/{folder.name}"
 
 
 class SpanPooler:
