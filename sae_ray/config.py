@@ -179,7 +179,7 @@ def _read_environment(cls: type[JobConfig]) -> dict[str, JsonValue]:
     }
 
 
-def _read_yaml(cls: type[JobConfig], path: str) -> dict[str, JsonValue]:
+def _read_yaml(cls: type[JobConfig], path: str) -> dict[str, Any]:
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:

@@ -2,7 +2,7 @@
 
 import random
 import warnings
-from typing import Literal
+from typing import Any, Literal
 
 import optuna
 from optuna.distributions import (
@@ -12,7 +12,6 @@ from optuna.distributions import (
     IntDistribution,
 )
 from optuna.trial import Trial, TrialState, create_trial
-from pydantic import JsonValue
 
 from sae_ray.adapters.space import Knob, Point, Range, Space, key_of
 
@@ -90,7 +89,7 @@ class Proposals:
     def _next_of_grid(self) -> Point | None:
         return next((one for one in self._grid if key_of(one) not in self._seen), None)
 
-    def _drawn(self, name: str, value: JsonValue) -> int | float:
+    def _drawn(self, name: str, value: Any) -> int | float:
         """Return a value as Optuna has it: the number of a choice, or a number of a range."""
         knob = self.space.knobs[name]
         return value if isinstance(knob, Range) else knob.index(value)  # pyright: ignore
@@ -119,7 +118,7 @@ def _distribution(knob: Knob) -> BaseDistribution:
     return FloatDistribution(float(knob.low), float(knob.high), log=knob.log)
 
 
-def _suggest(trial: Trial, name: str, knob: Knob) -> JsonValue:
+def _suggest(trial: Trial, name: str, knob: Knob) -> Any:
     if isinstance(knob, list):
         # By number: Optuna's choices cannot be lists.
         return knob[trial.suggest_categorical(name, range(len(knob)))]

@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from sae_ray.adapters.edits import LATENT_KINDS
 from sae_ray.adapters.settings import AdapterName, FinetuneSettings, of_others
 from sae_ray.errors import ConfigError
 
-Point = dict[str, JsonValue]
+Point = dict[str, Any]
 """A value for every setting that counts."""
 
 KNOBS = (
@@ -84,8 +84,8 @@ class Range(BaseModel):
         return sorted({round(one) for one in found}) if self.is_whole else found
 
 
-Knob = list[JsonValue] | Range
-Suggest = Callable[[str, Knob], JsonValue]
+Knob = list[Any] | Range
+Suggest = Callable[[str, Knob], Any]
 """Chooses a value for a setting."""
 
 
@@ -99,10 +99,11 @@ class Space:
             ConfigError: a setting counts for no kind of adapter that may be drawn.
         """
         self.knobs, self.base = dict(knobs), base
+        kinds = self._kinds()
         for name in knobs:
-            if name != "adapter" and not any(_counts(name, kind) for kind in self._kinds()):
+            if name != "adapter" and not any(_counts(name, kind) for kind in kinds):
                 raise ConfigError(
-                    f"space.{name} counts for no adapter of {', '.join(self._kinds())}: leave it "
+                    f"space.{name} counts for no adapter of {', '.join(kinds)}: leave it "
                     "out, or search an adapter that has it (space.adapter)"
                 )
 
@@ -230,7 +231,7 @@ def key_of(point: Point) -> str:
     return json.dumps(point, sort_keys=True)
 
 
-def _shown(value: JsonValue) -> str:
+def _shown(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, list):

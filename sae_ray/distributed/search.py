@@ -14,7 +14,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import ray
 import ray.tune
@@ -98,7 +98,7 @@ class Places:
                 )
             cores = cpu_count() if len(ray.nodes()) == 1 else workers.count
             many = count or workers.count
-            return cls(many, max(1, cores // many), 0)
+            return cls(many, max(1, cores // many), 0.0)
         each = gpus_per_trial or 1.0
         fit = int(workers.count / each) if each >= 1 else workers.count * int(1 / each)
         return cls(min(count or fit, fit), workers.num_cpus, each)
@@ -126,6 +126,7 @@ class Under:
     glance: Glance
 
 
+@runtime_checkable
 class Asks(Protocol):
     """Whoever knows what is to be trained next."""
 

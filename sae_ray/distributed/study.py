@@ -12,9 +12,10 @@ import dataclasses
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping
+from typing import Any
 
 import yaml
-from pydantic import JsonValue, ValidationError
+from pydantic import ValidationError
 
 from sae_ray.adapters.proposals import Proposals
 from sae_ray.adapters.search_settings import SearchSettings
@@ -210,7 +211,7 @@ class StudyMaker:
         warnings = (
             [f"{num} trials failed: report.html says why"] if (num := ended["failed"]) else []
         )
-        extra: dict[str, JsonValue] = {
+        extra: dict[str, Any] = {
             "summary": page.summary,
             "num_trials": len(records),
             "num_pruned": ended["pruned"],
@@ -218,7 +219,7 @@ class StudyMaker:
         }
         finish(self.path, extra, warnings)
 
-    def _settings_of(self, trial: TrialRecord) -> dict[str, JsonValue]:
+    def _settings_of(self, trial: TrialRecord) -> dict[str, Any]:
         settings = self.trainings.settings_of(trial.point)
         values = settings.model_dump(mode="json", exclude_unset=True, exclude={"num_workers"})
         return {name: value for name, value in values.items() if value is not None}
@@ -267,7 +268,7 @@ class _Asking:
         return self._maker.record(ended, "searched", point, self._maker.settings.seed)
 
 
-def _yaml(settings: Mapping[str, JsonValue], summary: str) -> bytes:
+def _yaml(settings: Mapping[str, Any], summary: str) -> bytes:
     lines = [f"# {summary}", "# python jobs/finetune.py --config best.yaml --out runs/expert"]
     body = yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True)
     return ("\n".join(lines) + "\n" + body).encode()

@@ -3,9 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
-
-from pydantic import JsonValue
+from typing import Any, Protocol, runtime_checkable
 
 from sae_ray.adapters.space import Knob, tell
 from sae_ray.adapters.trial import TrialRecord
@@ -18,6 +16,7 @@ _CURVE_WIDTH, _CURVE_HEIGHT = 640.0, 160.0
 _SHADES = 5
 
 
+@runtime_checkable
 class Finalist(Protocol):
     """Settings trained with several seeds, as `sae_ray.evaluate.study` compares them."""
 
@@ -88,7 +87,7 @@ class SearchPage:
     """Of each trial over its base, by the rows that choose nothing; empty where it has failed."""
     finalists: Sequence[Finalist]
     """The best first."""
-    best: Mapping[str, JsonValue]
+    best: Mapping[str, Any]
     """Settings of the best, as jobs/finetune.py takes them."""
     settings: Mapping[str, Any]
     objective: str
@@ -270,7 +269,7 @@ def _described(knob: Knob) -> str:
     return f"{knob.low:g} to {knob.high:g}" + (", by its logarithm" if knob.log else "")
 
 
-def _text(value: JsonValue) -> str:
+def _text(value: Any) -> str:
     if isinstance(value, list):
         return "+".join(map(_text, value))
     if isinstance(value, str) and "/" in value:
@@ -284,7 +283,7 @@ def _ticks(knob: Knob) -> list[tuple[float, str]]:
     return [(round(_height(knob, one), 1), f"{one:g}") for one in (knob.low, knob.high)]
 
 
-def _height(knob: Knob, value: JsonValue) -> float:
+def _height(knob: Knob, value: Any) -> float:
     """Return where on its axis a value is: the first choice, or the highest number, at the top."""
     if isinstance(knob, list):
         share = (knob.index(value) + 0.5) / len(knob)
