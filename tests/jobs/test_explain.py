@@ -51,7 +51,11 @@ def test_an_expert_on_latents_is_explained_with_the_same_facts_on_page_and_in_js
     made: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     expert, out = made("steering"), tmp_path / "why"
-    assert run(f"--expert={expert}", f"--out={out}", *SMALL) == 0
+    about = {"modelId": "tiny", "layer": "1-res"}
+    rows = [{**about, "index": str(n), "description": f"song {n}"} for n in reversed(range(64))]
+    (tmp_path / "e.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    labels = f"--labels={tmp_path}/e.jsonl"
+    assert run(f"--expert={expert}", f"--out={out}", labels, *SMALL) == 0
     verify(str(out))
     told = json.loads((out / "explanation.json").read_text())
     page = (out / "report.html").read_text()
@@ -66,6 +70,7 @@ def test_an_expert_on_latents_is_explained_with_the_same_facts_on_page_and_in_js
     assert names == ["attribution", "size of what is learnt", "random", "random, as dense"]
     assert page.count("<figure") == 4
     for one in told["latents"]:
+        assert one["label"] == f"song {one['latent']}"
         assert f"{one['latent']} at blocks.1.hook_resid_post" in page
         assert (f"latent {one['latent']}" in told["summary"]) == one["verified"]
     # Every row that is named was trained on, and says what it does as text.
