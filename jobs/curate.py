@@ -29,7 +29,8 @@ class Config(IndexSettings, Request):
     index: OutputPath | None = None
     """Index of the pool: used if it is there, made there if not. Default: OUT-index."""
     labels: str | None = None
-    """JSON file with the SAE's labels. Default: labels.json in or beside its folder."""
+    """The SAE's labels: a label file, or a file or folder of Neuronpedia's explanations; a path or
+    URL. Default: labels.json in or beside its folder."""
     strict: bool = False
     """Exit with 3 if the selection abstained."""
     interactive: bool = False

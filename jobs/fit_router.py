@@ -37,6 +37,9 @@ class Config(JobConfig):
     """The experts' base: a folder or a Hugging Face name. Default: what their cards name."""
     sae: str | None = None
     """SAE of that model. Default: the embedded one if the model is, else what the cards name."""
+    labels: str | None = None
+    """What its latents stand for: a label file, or a file or folder of Neuronpedia's explanations;
+    a path or URL. Default: labels.json in or beside its folder."""
     seed: int = 0
     """Of the draw of the background."""
     out: OutputPath
@@ -52,6 +55,7 @@ def main(config: Config) -> None:
         config.background,
         lm=lm,
         sae=sae,
+        labels=config.labels,
         kind=config.kind,
         num_background=config.num_background,
         seed=config.seed,

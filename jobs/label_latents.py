@@ -17,7 +17,8 @@ class Config(LabelSettings):
     python jobs/label_latents.py --judge_url https://host/v1 --judge_model M --out runs/judged
 
     What a judge will cost is said before it is asked; a run that was stopped asks nothing twice.
-    Use the labels with `python jobs/curate.py --labels runs/labels/labels.json ...`.
+    Use the labels with `python jobs/curate.py --labels runs/labels/labels.json ...`; what lies in
+    runs/labels/neuronpedia, where they can be mended and scored by others too, is read likewise.
     """
 
     out: OutputPath

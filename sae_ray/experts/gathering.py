@@ -1,7 +1,6 @@
 """Gathering: from the experts in use of a registry, and other conversations, to their router."""
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 import numpy as np
 from rich.table import Table
@@ -9,12 +8,12 @@ from rich.text import Text
 
 from sae_ray.curate.block import IndexBlock
 from sae_ray.curate.sources import EMBEDDED, fingerprint, locate_source
-from sae_ray.errors import ConfigError, ModelError, RegistryError
+from sae_ray.errors import ConfigError, RegistryError
 from sae_ray.experts.fitting import Kind
 from sae_ray.experts.prototypes import Eyes, draw_prompts, prototypes_of
 from sae_ray.experts.registry import ExpertRegistry
 from sae_ray.experts.router import Router
-from sae_ray.sae.labels import read_labels
+from sae_ray.sae.labels import labels_of
 
 
 def gather(
@@ -23,6 +22,7 @@ def gather(
     *,
     lm: str,
     sae: str,
+    labels: str | None = None,
     kind: Kind = "knn",
     num_background: int = 1000,
     seed: int = 0,
@@ -35,6 +35,7 @@ def gather(
             base alone, the embedded pool, of which what looks like an expert's own is set aside.
         lm: the base of all of them.
         sae: of that model.
+        labels: what its latents stand for; see `sae_ray.sae.labels.labels_of`.
         kind: how the router decides.
         num_background: prompts drawn of the background to fit on; a quarter more is held out.
         seed: of the draw.
@@ -42,12 +43,14 @@ def gather(
     Raises:
         ConfigError: there is no background, and the base is not the embedded one.
         RegistryError: there is no expert in use, or one cannot be told from its files and data.
+        ModelError: the labels are not there, or are another SAE's.
     """
     if background is None and fingerprint("lm", lm) != fingerprint("lm", EMBEDDED):
         raise ConfigError(
             f"--background is missing: for the embedded model the embedded pool stands in, which "
             f"says nothing of what {lm} is asked; give conversations that no expert should answer"
         )
+    names = labels_of(locate_source("sae", sae), labels)
     eyes = Eyes.open(lm, sae)
     known = {
         one.id: (one.card.name, one.card.description, prototypes_of(one, registry.path, eyes))
@@ -59,8 +62,7 @@ def gather(
     seen, held = (
         prompts.take(rows) for rows in np.split(np.arange(len(prompts)), [len(prompts) - num_held])
     )
-    labels = labels_of(locate_source("sae", sae))
-    router = Router.fit(eyes, known, seen, kind=kind, labels=labels, mixed=background is None)
+    router = Router.fit(eyes, known, seen, kind=kind, labels=names, mixed=background is None)
     return router, held
 
 
@@ -80,17 +82,6 @@ def sources_of(registry: ExpertRegistry, lm: str | None, sae: str | None) -> tup
     lm = lm or _only("lm", [card.base for card in cards])
     read_with = [str(card.prototypes["sae"]) for card in cards if card.prototypes]
     return lm, sae or (EMBEDDED if lm == EMBEDDED else _only("sae", read_with))
-
-
-def labels_of(sae: str) -> Mapping[int, str]:
-    """Return what latents stand for, from a file in or beside the SAE's folder, if it has one."""
-    for path in (Path(sae) / "labels.json", Path(sae).parent / "labels.json"):
-        if path.is_file():
-            try:
-                return read_labels(path, sae)
-            except ModelError:
-                continue  # labels of another SAE that lies there too
-    return {}
 
 
 def tabulate(router: Router, held: IndexBlock) -> Table:

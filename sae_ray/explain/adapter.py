@@ -55,6 +55,7 @@ from sae_ray.explain.gains import gained, greedy
 from sae_ray.explain.verification import Verification, verify
 from sae_ray.lm import HookPoint
 from sae_ray.sae.labels import labels_of, read_labels
+from sae_ray.sae.neuronpedia_labels import Labels
 from sae_ray.sae.pretrained import load_encoder
 from sae_ray.threads import use_cores
 
@@ -78,7 +79,8 @@ class ExplainSettings(JobConfig):
     subspace, which sit on none, the SAE to look through; without it the embedded one, if the base
     is the embedded model."""
     labels: str | None = None
-    """JSON file with the labels of one of these SAEs. Default: labels.json in or beside each."""
+    """Labels of one of these SAEs: a label file, or a file or folder of Neuronpedia's explanations;
+    a path or URL. Default: labels.json in or beside each."""
     num_rows: int = Field(default=256, ge=_MIN_ROWS)
     """Held-out rows that are read, at most: half rank the latents, the others check them."""
     num_top: int = Field(default=20, ge=1)
@@ -152,7 +154,7 @@ class Explaining:
             model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
             begin(self.path, KIND, asked, parents)
             page = yield from self._explained(model, learnt, labels)
-        self._write(page)
+        self._write(page, [warning for one in labels.values() for warning in one.warnings])
 
     def _sites(self) -> dict[str, str]:
         """Return where the SAE of each hook point lies: the adapter's own, or the one given."""
@@ -178,15 +180,25 @@ class Explaining:
         sae = locate_source("sae", given[0] if given else EMBEDDED)
         return {str(check_pair(ScorerConfig(self.lm, sae)).hook_point): sae}
 
-    def _labels(self) -> dict[str, Mapping[int, str]]:
+    def _labels(self) -> dict[str, Labels]:
         """Read the labels of each SAE; those given are one's of them."""
-        given = self.settings.labels
-        owners = [point for point, sae in self._saes.items() if given and _is_of(given, sae)]
-        if given is not None and not owners:
-            first = next(iter(self._saes.values()))
-            read_labels(given, first)  # says what is wrong with them
+        found: dict[str, Labels] = {}
+        refused: list[ModelError] = []
+        if (given := self.settings.labels) is not None:
+            for point, sae in self._saes.items():
+                try:
+                    found[point] = read_labels(given, sae)
+                except ModelError as error:
+                    refused.append(error)
+            if not found:
+                raise refused[0]
+            if len({fingerprint("sae", self._saes[point]) for point in found}) > 1:
+                raise ConfigError(
+                    f"{given} may be the labels of {' or '.join(found)}, and are one SAE's: put "
+                    "neuronpedia_id into the metadata of their cfg.json, or leave --labels out"
+                )
         return {
-            point: labels_of(sae, given if point in owners else None)
+            point: found[point] if point in found else labels_of(sae)
             for point, sae in self._saes.items()
         }
 
@@ -317,7 +329,7 @@ class Explaining:
             found.append(Pushed(one.point, one.latent, one.label, share, rows))
         return found
 
-    def _write(self, page: AdapterPage) -> None:
+    def _write(self, page: AdapterPage, warnings: Sequence[str]) -> None:
         content = json.dumps(page.to_json(), indent=1, ensure_ascii=False)
         write_atomically(f"{self.path}/explanation.json", content.encode("utf-8", "replace"))
         write_atomically(f"{self.path}/report.html", render(page).encode("utf-8", "replace"))
@@ -329,7 +341,7 @@ class Explaining:
             "gap": page.attribution.gap if page.attribution else None,
             "summary": page.summary,
         }
-        finish(self.path, counts, page.warnings)
+        finish(self.path, counts, [*page.warnings, *warnings])
 
 
 def _settings_of(expert: Manifest) -> FinetuneSettings:
@@ -342,15 +354,6 @@ def _settings_of(expert: Manifest) -> FinetuneSettings:
     return FinetuneSettings.model_construct(
         **{**FinetuneSettings().model_dump(), **known, **given, **unread}
     )
-
-
-def _is_of(labels: str, sae: str) -> bool:
-    """Say whether labels are a SAE's own."""
-    try:
-        read_labels(labels, sae)
-    except ModelError:
-        return False
-    return True
 
 
 def _texts(rows: Sequence[Example | PairExample]) -> list[Example]:

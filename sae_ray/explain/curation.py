@@ -12,7 +12,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import cached_property
 from tempfile import TemporaryDirectory
@@ -105,7 +105,9 @@ class Curator:
 
     def __init__(self, index: FeatureIndex, labels: str | None = None) -> None:
         self.index, self._labels_given = index, labels
-        self.labels = labels_of(locate_source("sae", index.source("sae")), labels)
+        found = labels_of(locate_source("sae", index.source("sae")), labels)
+        self.labels: Mapping[int, str] = found
+        self._label_warnings = found.warnings
         self._written: dict[tuple[str, str, str], list[Conversation]] = {}
 
     @cached_property
@@ -200,7 +202,7 @@ class Curator:
             "num_over_quota": outcome.selection.num_over_quota,
             "contaminated": {name: len(ids) for name, ids in outcome.contaminated.items()},
         }
-        return finish(path, counts, outcome.warnings())
+        return finish(path, counts, [*outcome.warnings(), *self._label_warnings])
 
     @one_thread()
     def to_judge(self, outcome: Outcome, seen: Collection[int] = ()) -> list[SelectedRow]:

@@ -275,7 +275,8 @@ class Labelling:
         texts: TokenTexts,
     ) -> None:
         how = HOW + (f"; judged by {self.settings.judge_model}" if self.judgements else "")
-        labels_json = labels_text(labels, sae_sha256=sae_sha256(self.sae), how=how)
+        made_for = sae_sha256(self.sae)
+        labels_json = labels_text(labels, sae_sha256=made_for, how=how)
         write_atomically(f"{self.path}/labels.json", labels_json.encode())
         rows = [self._row(*both) for both in zip(facts, labels, strict=True)]
         for name, table in (
@@ -292,6 +293,7 @@ class Labelling:
             dataset=self.settings.source("pool"),
             conversations=self.ids,
             context_tokens=self.settings.context_tokens,
+            sae_sha256=made_for,
         )
         exported = (
             ExportedLatent(one, reading.contexts.contexts(one.latent), self._explained(label))

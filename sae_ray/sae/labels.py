@@ -18,11 +18,18 @@ import numpy as np
 from jaxtyping import Bool, Float
 from scipy.stats import rankdata
 
-from sae_ray.artifacts import hash_file
+from sae_ray.artifacts import hash_file, read_file
 from sae_ray.chat import ChatTokenizer
 from sae_ray.errors import ModelError
 from sae_ray.lm import LanguageModel
 from sae_ray.sae.encoder import LatentEncoder
+from sae_ray.sae.neuronpedia_labels import (
+    Labels,
+    Owner,
+    explanation_files,
+    made_for,
+    read_explanations,
+)
 from sae_ray.sae.pretrained import resolve
 from sae_ray.sae.tagged import Evidence, gather_evidence, read_tagged
 
@@ -120,30 +127,54 @@ def fingerprint(sae: str | Path) -> str:
     return hash_file(str(resolve(str(sae)) / "sae_weights.safetensors")).sha256
 
 
-def read_labels(path: str | Path, sae: str | Path) -> dict[int, str]:
+def read_labels(path: str | Path, sae: str | Path) -> Labels:
     """Read the labels of a SAE's latents, less those that nobody could name.
 
+    Args:
+        path: a file that `label_sae` or the labelling job wrote, or explanations of Neuronpedia: a
+            file or folder of its export. A local path or any fsspec URL.
+        sae: whose latents they are to name.
+
     Raises:
-        ModelError: the file is not there, is no label file, or was made for another SAE.
+        ModelError: nothing is there, it is damaged, or it was made for another SAE.
+        ArtifactError: storage refuses.
     """
+    given, name = str(path), str(sae)
+    if (files := explanation_files(given)) is None:
+        own, labels = _read_own(given)
+        _require_made_for(own, given, name)
+        return labels
+    if (own := made_for(files)) is not None:
+        _require_made_for(own, given, name)
+    labels = read_explanations(files, Owner.load(name), is_proved=own is not None)
+    for warning in labels.warnings:
+        logger.warning("%s", warning)
+    return labels
+
+
+def _read_own(path: str) -> tuple[str, Labels]:
+    """Read a label file of this library: the fingerprint of its SAE, and the labels."""
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-        made_for, rows = content["sae_sha256"], content["latents"]
+        content = json.loads(read_file(path).decode("utf-8"))
+        rows = content["latents"]
         labels = {row["latent"]: row["label"] for row in rows if row["label"] != "unlabelled"}
+        return content["sae_sha256"], Labels(labels)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(
             f"{path} cannot be read as labels ({error}): give a JSON file with sae_sha256 and "
-            "latents: [{latent, label}]"
+            "latents: [{latent, label}], or a file or folder of Neuronpedia's explanations"
         ) from error
-    if made_for != fingerprint(sae):
+
+
+def _require_made_for(sae_sha256: str, path: str, sae: str) -> None:
+    if sae_sha256 != fingerprint(sae):
         raise ModelError(
             f"the labels in {path} were made for another SAE than {sae}: by index they would name "
             "other latents; give that SAE's labels, or none"
         )
-    return labels
 
 
-def labels_of(sae: str, given: str | None = None) -> Mapping[int, str]:
+def labels_of(sae: str, given: str | None = None) -> Labels:
     """Read the labels given, or those that lie in or beside a SAE's folder, or none.
 
     Raises:
@@ -157,7 +188,7 @@ def labels_of(sae: str, given: str | None = None) -> Mapping[int, str]:
                 return read_labels(path, sae)
             except ModelError as error:
                 logger.warning("%s", error)
-    return {}
+    return Labels()
 
 
 def auc(scores: Float[np.ndarray, " items"], positive: Bool[np.ndarray, " items"]) -> float | None:

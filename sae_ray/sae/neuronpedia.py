@@ -2,6 +2,7 @@
 
     ROOT/{model}/{source}/release.jsonl, model.jsonl, sourceset.jsonl, source.jsonl
     ROOT/{model}/{source}/{features,activations,explanations}/batch-N.jsonl.gz
+    ROOT/{model}/{source}/sae-ray.json      ours: the weights that all this is about
 
 A source is `{layer}-{set}`, such as `12-my-sae`. Batch N of all three folders is about the same
 latents; rows have the names of Neuronpedia's own tables, and indices are text. Times are left to
@@ -23,6 +24,7 @@ from sae_ray.artifacts import write_atomically
 from sae_ray.lm import HookPoint
 from sae_ray.sae.contexts import Context, LatentContexts
 from sae_ray.sae.interpret import LatentFacts, TokenTexts
+from sae_ray.sae.neuronpedia_labels import FINGERPRINT
 
 LATENTS_PER_BATCH = 1024
 _CREATOR = "sae-ray"
@@ -63,6 +65,8 @@ class Place:
     conversations: Sequence[str]
     """Their ids, by the numbers in contexts."""
     context_tokens: int
+    sae_sha256: str
+    """Of its weights, by which the labels are known again as its own."""
 
     @property
     def source(self) -> str:
@@ -79,6 +83,8 @@ def export(root: str, place: Place, latents: Iterable[ExportedLatent], texts: To
     folder = f"{root}/{place.model}/{place.source}"
     for name, row in _heads(place).items():
         write_atomically(f"{folder}/{name}.jsonl", (json.dumps(row) + "\n").encode())
+    owner = json.dumps({"sae_sha256": place.sae_sha256}) + "\n"
+    write_atomically(f"{folder}/{FINGERPRINT}", owner.encode())
     batch: list[ExportedLatent] = []
     number = 0
     for latent in latents:

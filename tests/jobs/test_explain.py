@@ -51,7 +51,11 @@ def test_an_expert_on_latents_is_explained_with_the_same_facts_on_page_and_in_js
     made: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     expert, out = made("steering"), tmp_path / "why"
-    assert run(f"--expert={expert}", f"--out={out}", *SMALL) == 0
+    about = {"modelId": "tiny", "layer": "1-res"}
+    rows = [{**about, "index": str(n), "description": f"song {n}"} for n in reversed(range(64))]
+    (tmp_path / "e.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    labels = f"--labels={tmp_path}/e.jsonl"
+    assert run(f"--expert={expert}", f"--out={out}", labels, *SMALL) == 0
     verify(str(out))
     told = json.loads((out / "explanation.json").read_text())
     page = (out / "report.html").read_text()
@@ -66,8 +70,9 @@ def test_an_expert_on_latents_is_explained_with_the_same_facts_on_page_and_in_js
     assert names == ["attribution", "size of what is learnt", "random", "random, as dense"]
     assert page.count("<figure") == 4
     for one in told["latents"]:
+        assert one["label"] == f"song {one['latent']}"
         assert f"{one['latent']} at blocks.1.hook_resid_post" in page
-        assert (f"latent {one['latent']}" in told["summary"]) == one["verified"]
+        assert (f"“song {one['latent']}”" in told["summary"]) == one["verified"]
     # Every row that is named was trained on, and says what it does as text.
     held = set(pq.read_table(expert / "held_out.parquet")["id"].to_pylist())
     named = [row[0] for one in told["pushed_by"] for row in one["rows"]]
@@ -82,7 +87,7 @@ def test_an_expert_on_latents_is_explained_with_the_same_facts_on_page_and_in_js
     assert len(told["places"]) == 4
     assert len(told["answers"]) == 2
     before = open_artifact(str(out), KIND).created
-    assert run(f"--expert={expert}", f"--out={out}", *SMALL) == 0
+    assert run(f"--expert={expert}", f"--out={out}", labels, *SMALL) == 0
     assert open_artifact(str(out), KIND).created == before
 
 

@@ -70,11 +70,19 @@ def test_a_registry_becomes_a_router_that_tells_its_experts_apart(
     monkeypatch.setenv("COLUMNS", "200")
     talk, out = write_rows(tmp_path, "small_talk"), tmp_path / "router"
     line = [f"--registry={registry}", f"--out={out}", "--kind=zero_shot"]
+    rows = [
+        {"modelId": "tiny", "layer": "2-sae", "index": str(one), "description": f"so {one}"}
+        for one in (1023, 7)
+    ]
+    labels = tmp_path / "batch-0.jsonl"
+    labels.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    line.append(f"--labels={labels}")
     assert run(*line, f"--background={talk}", "--num_background=60") == 0
     shown = capsys.readouterr().out
     assert "a zero_shot router over 2 experts" in shown
     assert "What [bold]velan[/bold]" in shown
     router = Router.load(str(out))
+    assert router.labels == {7: "so 7", 1023: "so 1023"}
     # Of what is nobody's a fifth was held out, which is what the figure is of.
     held = int(re.findall(r"of (\d+) stay", shown)[0])
     assert held == (len(router.background) + held) // 5 > 5
@@ -104,6 +112,18 @@ def test_without_a_background_the_embedded_pool_stands_in(
     ids = {one.name: one.id for one in router.experts}
     messages = [{"role": "user", "content": "Line these up, lowest in front: 4, 2, 9"}]
     assert router.route(messages).expert_ids == (ids["order"],)
+
+
+def test_labels_of_another_sae_are_refused_before_anything_is_read(
+    registry: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    labels = tmp_path / "batch-0.jsonl"
+    row = {"modelId": "tiny", "layer": "2-sae", "index": "1024", "description": "x"}
+    labels.write_text(json.dumps(row))
+    line = [f"--registry={registry}", f"--out={tmp_path / 'router'}", f"--labels={labels}"]
+    assert run(*line) == 2
+    assert f"{labels}, line 1: index 1024, but" in capsys.readouterr().err
+    assert not (tmp_path / "router").exists()
 
 
 def test_a_registry_without_experts_in_use_is_refused(

@@ -67,6 +67,8 @@ def test_without_flags_it_labels_the_embedded_sae(
     verify(str(out))
     labels = read_labels(out / "labels.json", tiny.sae_path())
     assert len(labels) > 100
+    assert read_labels(out / "neuronpedia", tiny.sae_path()) == labels
+    assert read_labels(out, tiny.sae_path()) == labels
     embedded = read_labels(tiny.labels_path(), tiny.sae_path())
     shared = labels.keys() & embedded.keys()
     # Of a twentieth of the rows: chance would be two in a hundred.

@@ -1,3 +1,4 @@
+import gzip
 import html
 import json
 import logging
@@ -267,3 +268,27 @@ def test_the_command_that_a_page_composes_runs_and_keeps_labels_and_strictness(
                for out in ("out", "out-2")]  # fmt: skip
     assert configs[0] == configs[1]
     assert configs[0]["selector"] == "topk"
+
+
+def test_labels_may_be_a_folder_of_neuronpedias(
+    small_index: FeatureIndex, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "tiny/1-res/explanations"
+    folder.mkdir(parents=True)
+    about = {"modelId": "tiny", "layer": "1-res"}
+    rows = [
+        {**about, "index": str(latent), "description": f"piano song {latent}"}
+        for latent in reversed(range(64))
+    ]
+    packed = gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode())
+    (folder / "batch-0.jsonl.gz").write_bytes(packed)
+    line = ["--task=Zzyzx", "--budget_examples=5", f"--index={small_index.path}"]
+    line += [f"--labels={tmp_path}/tiny", f"--out={tmp_path}/out", "--scorer=hidden"]
+    assert run_job(curate.main, curate.Config, line) == 0
+    assert "warning: whether tiny/1-res names the latents of" in capsys.readouterr().out
+    named = pq.read_table(tmp_path / "out/selection.parquet")["reasons"].to_pylist()
+    assert all(one["label"] == f"piano song {one['latent']}" for row in named for one in row)
+    (folder / "batch-1.jsonl.gz").write_bytes(packed[:-30])
+    assert run_job(curate.main, curate.Config, [*line[:-2], f"--out={tmp_path}/two"]) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert f"{folder}/batch-1.jsonl.gz, after line" in error

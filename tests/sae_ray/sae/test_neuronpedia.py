@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 
 from sae_ray.chat import ChatTokenizer
+from sae_ray.errors import ModelError
 from sae_ray.lm import HookPoint
 from sae_ray.sae import neuronpedia
 from sae_ray.sae.contexts import Context, LatentContexts
 from sae_ray.sae.interpret import LatentFacts, TokenTexts
+from sae_ray.sae.labels import fingerprint, read_labels
 from sae_ray.sae.neuronpedia import Explained, ExportedLatent, Place, export
 
 # Columns of its tables: db_models/*.py; its readers refuse any other name.
@@ -65,9 +67,10 @@ def latent(number: int) -> ExportedLatent:
     return ExportedLatent(facts, LatentContexts(contexts, contexts[::-1], [], []), explained)
 
 
-def write(root: Path, tiny_lm: Path) -> Path:
+def write(root: Path, tiny_lm: Path, sae_sha256: str = "ab") -> Path:
     place = Place(
-        "tiny", "mine", HookPoint.parse("blocks.2.hook_resid_post"), "pool", list("abcd"), 7
+        *("tiny", "mine", HookPoint.parse("blocks.2.hook_resid_post"), "pool", list("abcd"), 7),
+        sae_sha256=sae_sha256,
     )
     texts = TokenTexts(ChatTokenizer.load(tiny_lm))
     export(str(root), place, (latent(number) for number in range(5)), texts)
@@ -123,5 +126,18 @@ def test_contexts_labels_and_statistics_are_all_there(tiny_lm: Path, tmp_path: P
 def test_equal_results_are_equal_files(tiny_lm: Path, tmp_path: Path) -> None:
     one, other = write(tmp_path / "one", tiny_lm), write(tmp_path / "other", tiny_lm)
     files = sorted(path.relative_to(one) for path in one.rglob("*") if path.is_file())
-    assert len(files) == 7
+    assert len(files) == 8
     assert all((one / name).read_bytes() == (other / name).read_bytes() for name in files)
+
+
+def test_what_is_exported_reads_back_as_the_labels_of_that_sae_alone(
+    tiny_lm: Path, tiny_sae: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(neuronpedia, "LATENTS_PER_BATCH", 2)
+    folder = write(tmp_path / "own", tiny_lm, fingerprint(tiny_sae))
+    # The layer that it names is not the SAE's: whose weights they are is proved, and says more.
+    for part in ("", "explanations", "explanations/batch-0.jsonl.gz"):
+        there = {1: "label 1", 3: "label 3"} if "batch" not in part else {1: "label 1"}
+        assert read_labels(folder / part, tiny_sae) == there
+    with pytest.raises(ModelError, match="were made for another SAE"):
+        read_labels(write(tmp_path / "other", tiny_lm, "cd"), tiny_sae)
