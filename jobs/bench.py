@@ -28,10 +28,11 @@ QUICK = {
     "serving": "--requests 4 --experts 2 --answer_tokens 8 --rounds 1",
     "serving_load": "--seconds 5 --probe_seconds 5",
     "planted_latents": "--runs 2 --controls 1",
+    "search": "--rows 60 --epochs 1 --trials 2 --grid 2",
 }
-ENDS = dict(curate=(0, 6), train_sae=(6, 8), finetune=(8, 10), serve=(10, 13), explain=(13, 14))
+ENDS = dict(curate=(0, 6), train_sae=(6, 8), finetune=(8, 10), serve=(10, 13), explain=(13, 15))
 SUITES = {suite: [*QUICK][slice(*ends)] for suite, ends in ENDS.items()}
-TAKES = dict(fast_claim={"pool", "lm"}, serving={"lm"}, serving_load={"lm"}, planted_latents=set())
+TAKES = dict(fast_claim="pool lm", serving="lm", serving_load="lm", planted_latents="", search="")
 
 
 class Config(JobConfig):
@@ -56,19 +57,18 @@ class Config(JobConfig):
 
 def main(config: Config) -> int:
     """Run the parts one after the other and print their figures as one table."""
-    out, failed, results = Path(config.out), 0, {}
-    table = Table("part", "figure", "value", "target", "")
+    out, failed, table = Path(config.out), 0, Table("part", "figure", "value", "target", "")
     for part in config.parts:
         command = [sys.executable, f"{BENCHMARKS}/{part}.py", f"--out={out}/{part}.json"]
-        given = config.model_dump(include=TAKES.get(part, {"pool", "lm", "sae"}), exclude_none=True)
-        command += [f"--{name}={one}" for name, one in given.items()]
+        takes = TAKES.get(part, "pool lm sae").split()
+        command += [f"--{one}={given}" for one in takes if (given := getattr(config, one))]
         command += [f"--work={out}/work"] * (part in ("memory", "retarget", "quality"))
         command += QUICK[part].split() * config.quick
         failed += subprocess.run(command, check=False).returncode != 0
-    for part in (name for name in QUICK if (out / f"{name}.json").exists()):
-        results[part] = json.loads((out / f"{part}.json").read_text())
-        for row in results[part]["rows"]:
-            table.add_row(part, *row)
+    there = [path for part in QUICK if (path := out / f"{part}.json").exists()]
+    results = {path.stem: json.loads(path.read_text()) for path in there}
+    for part, row in ((part, row) for part, one in results.items() for row in one["rows"]):
+        table.add_row(part, *row)
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     Console().print(table)
     return min(failed, 1)
