@@ -116,7 +116,7 @@ def attach(
         config = lora_config(base, subspaces, spec.sides, spec.scale)
     else:
         config = config_of(spec)
-        _resolve_layers(base, spec, config)
+        _fit(config, base, spec)
     if isinstance(model, PeftModel):
         model.add_adapter(name, config)
     else:
@@ -129,32 +129,36 @@ def attach(
     return model
 
 
-def _resolve_layers(base: PreTrainedModel, spec: AdapterSpec, config: PeftConfig) -> None:
-    """Name the matrices of the layers that lora changes: PEFT wants names where layers are given.
+def _fit(config: PeftConfig, base: PreTrainedModel, spec: AdapterSpec) -> None:
+    """Name the matrices that lora changes, in which layers, as PEFT wants it of this model.
 
     Raises:
         ModelError: the model lacks a layer, or a matrix of that name.
     """
-    if spec.kind != "lora" or (spec.layers is None and spec.targets is None):
+    if not isinstance(config, LoraConfig):
         return
-    assert isinstance(config, LoraConfig)
-    num_layers = base.config.get_text_config().num_hidden_layers
-    if beyond := [one for one in spec.layers or () if not 0 <= one < num_layers]:
-        raise ModelError(
-            f"layers={beyond[0]} and the model has layers 0 to {num_layers - 1}: give some of these"
-        )
     head = base.get_output_embeddings()
-    names = {
-        path.rpartition(".")[2]
+    linear = {
+        path.rpartition(".")[2]: module
         for path, module in base.named_modules()
         if isinstance(module, nn.Linear | Conv1D) and module is not head
     }
-    if unknown := sorted(set(spec.targets or ()) - names):
+    config.fan_in_fan_out = any(isinstance(one, Conv1D) for one in linear.values())  # GPT-2's
+    if unknown := sorted(set(spec.targets or ()) - set(linear)):
         raise ModelError(
-            f"targets={unknown[0]} and the model has {', '.join(sorted(names))}: give some of these"
+            f"targets={unknown[0]} and the model has {', '.join(sorted(linear))}: give some of "
+            "these"
         )
-    config.target_modules = sorted(spec.targets or names)
-    config.layers_to_transform = None if spec.layers is None else list(spec.layers)
+    if spec.layers is None:
+        return
+    num_layers = base.config.get_text_config().num_hidden_layers
+    if beyond := [one for one in spec.layers if not 0 <= one < num_layers]:
+        raise ModelError(
+            f"layers={beyond[0]} and the model has layers 0 to {num_layers - 1}: give some of these"
+        )
+    # PEFT takes no `all-linear` where layers are given.
+    config.target_modules = sorted(spec.targets or linear)
+    config.layers_to_transform = list(spec.layers)
 
 
 def hold_again(adapted: PeftModel, spec: AdapterSpec, *, name: str = "default") -> None:

@@ -10,7 +10,7 @@ from trl import DPOConfig, DPOTrainer  # pyright: ignore[reportPrivateImportUsag
 
 from sae_ray.adapters.attach import AdapterSpec, attach
 from sae_ray.adapters.edits import LATENT_KINDS
-from sae_ray.errors import ConfigError
+from sae_ray.errors import ConfigError, ModelError
 
 LN2 = 0.6931471805599453
 
@@ -39,6 +39,32 @@ def test_lora_is_plain(tiny_lm, whole):
     adapted = attach(whole(tiny_lm), AdapterSpec(kind="lora", r=4, targets=("q_proj",)))
     assert adapted.get_nb_trainable_parameters()[0] == 3 * 4 * (32 + 32)
     assert adapted.peft_config["default"].lora_alpha == 4  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_lora_changes_the_layers_that_are_named_and_no_head_on_every_family(any_tiny_lm, whole):
+    base = whole(any_tiny_lm)
+    adapted = attach(base, AdapterSpec(kind="lora", r=4, layers=(1,)))
+    changed = [name for name, one in adapted.named_parameters() if one.requires_grad]
+    assert changed
+    assert all(".1." in name for name in changed)
+    everywhere = attach(whole(any_tiny_lm), AdapterSpec(kind="lora", r=4))
+    of_one = [
+        name for name, one in everywhere.named_parameters() if one.requires_grad and ".1." in name
+    ]
+    assert sorted(changed) == sorted(of_one)
+
+
+@pytest.mark.parametrize(
+    ("where", "said"),
+    [
+        ({"layers": (0, 7)}, "layers=7 and the model has layers 0 to 2"),
+        ({"layers": (-1,)}, "layers=-1 and the model has layers"),
+        ({"targets": ("q_proj", "lm_head")}, "targets=lm_head and the model has"),
+    ],
+)
+def test_a_layer_or_matrix_that_is_not_there_is_named(where, said, tiny_lm, whole):
+    with pytest.raises(ModelError, match=said):
+        attach(whole(tiny_lm), AdapterSpec(kind="lora", **where))
 
 
 def first_losses(model, tokenizer, folder: Path) -> list[float]:
