@@ -5,7 +5,7 @@ from typing import Any
 from pydantic import Field, JsonValue, model_validator
 
 from sae_ray.adapters.proposals import Sampler
-from sae_ray.adapters.settings import FinetuneSettings
+from sae_ray.adapters.settings import FinetuneSettings, of_others
 from sae_ray.adapters.space import Space
 from sae_ray.errors import ConfigError
 
@@ -32,7 +32,8 @@ class SearchSettings(FinetuneSettings):
     """What to try: a YAML file, or the space itself: '{adapter: [lora, steering], learning_rate:
     {low: 0.001, high: 0.1, log: true}}'. Lists are choices; `sae` of several layers and sites, and
     `layers` and `targets` of lora, ask where to train; `data` and `max_rows` which selection, and
-    how much of it. Without it, one for the embedded model."""
+    how much of it, all judged by the same rows of --data, which none of them learns. Without it,
+    one for the embedded model."""
     num_trials: int = Field(default=24, ge=1)
     """Trainings to try, beside the default LoRA, which every search has."""
     sampler: Sampler = "tpe"
@@ -75,8 +76,14 @@ class SearchSettings(FinetuneSettings):
             ConfigError: it is none, or is given twice.
         """
         space = Space.parse(DEFAULT_SPACE if self.space is None else self.space, self.as_base())
+        kinds = space.kinds()
+        for name in sorted(self.model_fields_set):
+            if all(name in of_others(kind) for kind in kinds):
+                raise ConfigError(
+                    f"--{name} does nothing for --adapter {', '.join(kinds)}: leave it out"
+                )
         for name in space.knobs:
-            if name in self.model_fields_set:
+            if name in self.model_fields_set - {"data"}:
                 raise ConfigError(
                     f"--{name}={getattr(self, name)!r} is given and searched too (space.{name}): "
                     "leave one of them out"
@@ -86,7 +93,13 @@ class SearchSettings(FinetuneSettings):
     def as_base(self) -> FinetuneSettings:
         """Return what was given of a training's settings."""
         given = (self.model_fields_set | {"max_rows"}) & set(FinetuneSettings.model_fields)
-        return FinetuneSettings.model_validate({name: getattr(self, name) for name in given})
+        # Of several kinds: each point is validated, without what is another kind's.
+        return FinetuneSettings.model_construct(
+            _fields_set=set(given), **{name: getattr(self, name) for name in given}
+        )
+
+    def _of_no_use(self) -> dict[str, str]:
+        return {}  # that depends on the kinds that are searched: see find_space
 
     def identity(self) -> dict[str, JsonValue]:
         """Return what decides the result beside what it is made of."""

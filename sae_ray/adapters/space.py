@@ -99,7 +99,7 @@ class Space:
             ConfigError: a setting counts for no kind of adapter that may be drawn.
         """
         self.knobs, self.base = dict(knobs), base
-        kinds = self._kinds()
+        kinds = self.kinds()
         for name in knobs:
             if name != "adapter" and not any(_counts(name, kind) for kind in kinds):
                 raise ConfigError(
@@ -142,7 +142,7 @@ class Space:
 
     def grid(self) -> Iterator[Point]:
         """Yield every combination of choices with points of the ranges."""
-        for kind in self._kinds():
+        for kind in self.kinds():
             first: Point = {"adapter": kind} if "adapter" in self.knobs else {}
             names = [name for name in self.knobs if name != "adapter" and _counts(name, kind)]
             knobs = [self.knobs[name] for name in names]
@@ -203,7 +203,8 @@ class Space:
                 raise ConfigError(f"{tell(point)} cannot be: {error}") from None
         return number
 
-    def _kinds(self) -> list[AdapterName]:
+    def kinds(self) -> list[AdapterName]:
+        """Return the kinds of adapter that may be drawn."""
         knob = self.knobs.get("adapter")
         return (
             [self._kind({"adapter": one}) for one in knob]

@@ -131,7 +131,7 @@ class Trainings:
         base = self.settings.as_base()
         data = rows_path(base.data, base.objective)
         first = read_learnt(base, data, self.lm, staging).material
-        held = {row.id for row in first.held_out}
+        held = {mark for row in first.held_out for mark in _marks(row)}
         found = {self._material_key(base): first}
         tokenizer = ChatTokenizer.load(self.lm)
         read = read_pairs if base.objective == "dpo" else read_examples
@@ -145,10 +145,10 @@ class Trainings:
                 source,
                 tokenizer,
                 max_tokens=base.max_tokens,
-                max_rows=settings.max_rows + len(held),
+                max_rows=settings.max_rows + len(first.held_out),
                 staging=staging,
             ).rows
-            train = [row for row in rows if row.id not in held][: settings.max_rows]
+            train = [row for row in rows if held.isdisjoint(_marks(row))][: settings.max_rows]
             if len(train) < settings.batch_rows:
                 raise PoolError(
                     f"{source} leaves {len(train)} rows to learn from beside those held out, fewer "
@@ -179,6 +179,12 @@ class Trainings:
                 staging=staging,
             )
             self._subspaces[key] = tuple(keep_subspace(one, f"{path}/{number}") for one in local)
+
+
+def _marks(row: Example | PairExample) -> tuple[str, bytes]:
+    """Return what tells a row from others, in a pool that names it otherwise too."""
+    tokens = row.chosen.ids if isinstance(row, PairExample) else row.ids
+    return row.id, tokens.tobytes()
 
 
 def _choices(knob: Knob | None) -> list:

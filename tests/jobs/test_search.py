@@ -9,11 +9,13 @@ import sys
 import time
 from pathlib import Path
 
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import yaml
 
 from jobs import finetune, search
+from sae_ray import tiny
 from sae_ray.artifacts import open_artifact, verify
 from sae_ray.config import run_job
 from sae_ray.distributed.study import KIND
@@ -84,16 +86,36 @@ def test_a_search_that_is_killed_goes_on_and_trains_nothing_twice(
 def test_the_best_settings_are_a_config_that_trains_as_it_is(
     ray_cluster: None, tmp_path: Path
 ) -> None:
-    out = tmp_path / "study"
-    few = ["--space={adapter: [steering], l1: [0.0, 0.01]}", "--num_trials=2", "--no-prune"]
+    out, pool = tmp_path / "study", tmp_path / "order.parquet"
+    table = pq.read_table(tiny.pool_path())
+    pq.write_table(table.filter(pc.equal(table["domain"], "order")), pool)
+    few = ["--space={adapter: [subspace, steering], learning_rate: [0.001, 0.01]}"]
+    few += ["--num_trials=4", "--no-prune", "--span_rows=60", f"--data={pool}"]
     assert run(SMOKE, *few, f"--out={out}") == 0
     best = yaml.safe_load((out / "best.yaml").read_text())
-    assert best["adapter"] in ("lora", "steering")
+    rows = pq.read_table(out / "trials.parquet").to_pylist()
+    assert {row["status"] for row in rows} == {"finished"}
+    assert {row["component"] for row in rows} == {"all", "subspace", "resid_post"}
+    assert best["adapter"] in ("lora", "subspace", "steering")
     assert "num_workers" not in best
     line = [f"--config={out}/best.yaml", "--num_workers=0", f"--out={tmp_path / 'expert'}"]
     assert run_job(finetune.main, finetune.Config, line) == 0
     card = json.loads((tmp_path / "expert" / "card.json").read_text())
     assert card["adapter"] == best["adapter"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_preferences_are_searched_at_like_distances_from_the_base(
+    ray_cluster: None, tmp_path: Path
+) -> None:
+    out = tmp_path / "study"
+    few = ["--objective=dpo", "--space={adapter: [lora, scale]}", "--num_trials=2", "--no-prune"]
+    assert run(SMOKE, *few, "--max_divergence=0.5", f"--out={out}") == 0
+    rows = pq.read_table(out / "trials.parquet").to_pylist()
+    assert all(0 <= row["divergence"] <= 0.5 for row in rows if row["loss"] is not None)
+    assert any(row["loss"] is not None for row in rows)
+    assert "pairs ranked right" in str(open_artifact(str(out), KIND).extra["summary"])
 
 
 @pytest.mark.parametrize(
@@ -109,6 +131,7 @@ def test_the_best_settings_are_a_config_that_trains_as_it_is(
         ("--space {adapter:[steering],sae:[nowhere]}", "sae=nowhere cannot be"),
         ("--space {adapter:[full]} --objective dpo", "adapter=full cannot be"),
         ("--space {r:[4,8]} --r 2", "is given and searched too"),
+        ("--space {adapter:[steering]} --hidden 4", "--hidden does nothing for --adapter steering"),
         ("--lm elsewhere", "--lm needs --space"),
         ("--zero_stage 3", "--zero_stage does nothing in a search"),
         ("--num_trials 0", "--num_trials="),
