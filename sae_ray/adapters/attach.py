@@ -1,6 +1,6 @@
 """Adapters put on a model: one description for every kind, and what comes back is PEFT's."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal, get_args
 
@@ -130,35 +130,42 @@ def attach(
 
 
 def _fit(config: PeftConfig, base: PreTrainedModel, spec: AdapterSpec) -> None:
-    """Name the matrices that lora changes, in which layers, as PEFT wants it of this model.
+    """Name the matrices that lora changes, in which layers, as PEFT wants it of this model."""
+    if not isinstance(config, LoraConfig):
+        return
+    linear = require_matrices(base, spec.targets, spec.layers)
+    config.fan_in_fan_out = any(isinstance(one, Conv1D) for one in linear.values())  # GPT-2's
+    if spec.layers is not None:
+        # PEFT takes no `all-linear` where layers are given.
+        config.target_modules = sorted(spec.targets or linear)
+        config.layers_to_transform = list(spec.layers)
+
+
+def require_matrices(
+    base: PreTrainedModel, targets: Sequence[str] | None, layers: Sequence[int] | None
+) -> dict[str, nn.Module]:
+    """Return the matrices that lora may change, by name: all linear ones but the head.
 
     Raises:
         ModelError: the model lacks a layer, or a matrix of that name.
     """
-    if not isinstance(config, LoraConfig):
-        return
     head = base.get_output_embeddings()
     linear = {
         path.rpartition(".")[2]: module
         for path, module in base.named_modules()
         if isinstance(module, nn.Linear | Conv1D) and module is not head
     }
-    config.fan_in_fan_out = any(isinstance(one, Conv1D) for one in linear.values())  # GPT-2's
-    if unknown := sorted(set(spec.targets or ()) - set(linear)):
+    if unknown := sorted(set(targets or ()) - set(linear)):
         raise ModelError(
             f"targets={unknown[0]} and the model has {', '.join(sorted(linear))}: give some of "
             "these"
         )
-    if spec.layers is None:
-        return
     num_layers = base.config.get_text_config().num_hidden_layers
-    if beyond := [one for one in spec.layers if not 0 <= one < num_layers]:
+    if beyond := [one for one in layers or () if not 0 <= one < num_layers]:
         raise ModelError(
             f"layers={beyond[0]} and the model has layers 0 to {num_layers - 1}: give some of these"
         )
-    # PEFT takes no `all-linear` where layers are given.
-    config.target_modules = sorted(spec.targets or linear)
-    config.layers_to_transform = list(spec.layers)
+    return linear
 
 
 def hold_again(adapted: PeftModel, spec: AdapterSpec, *, name: str = "default") -> None:

@@ -1,7 +1,9 @@
 """Proposals: what a search tries next, by Optuna or in the order of a grid, and never twice."""
 
+import dataclasses
 import random
 import warnings
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import optuna
@@ -24,6 +26,21 @@ _NUM_BLIND = 8
 """Points that are drawn blindly before the sampler has something to go by."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What came of a point."""
+
+    point: Point
+    losses: list[float]
+    """At its looks, in order: the least so far. None of a failure."""
+    pruned: bool = False
+
+    @property
+    def state(self) -> TrialState:
+        """Return it as the estimator takes it: a failure is worse than all that was ended early."""
+        return TrialState.PRUNED if self.pruned or not self.losses else TrialState.COMPLETE
+
+
 class Proposals:
     """Points of a space, one after the other.
 
@@ -31,8 +48,10 @@ class Proposals:
     that count together, with points under way taken to be bad, so that workers do not crowd.
     """
 
-    def __init__(self, space: Space, sampler: Sampler, seed: int) -> None:
-        """Begin with nothing known."""
+    def __init__(
+        self, space: Space, sampler: Sampler, seed: int, known: Sequence[Outcome] = ()
+    ) -> None:
+        """Begin with what was tried in an earlier run."""
         self.space = space
         self._seen: set[str] = set()
         self._asked: dict[str, Trial] = {}
@@ -42,18 +61,22 @@ class Proposals:
             random.Random(seed).shuffle(self._grid)  # a grid that is cut short is one of all parts
         self._in_order = sampler == "grid"
         optuna.logging.set_verbosity(optuna.logging.ERROR)
-        self._study = optuna.create_study(sampler=_sampler_of(sampler, seed), direction="minimize")
+        # A run that goes on draws other numbers: the first ones are known.
+        chooses = _sampler_of(sampler, seed + len(known))
+        self._study = optuna.create_study(sampler=chooses, direction="minimize")
+        for one in known:
+            self._know(one)
 
-    def known(self, point: Point, loss: float | None) -> None:
-        """Take a point that was tried in an earlier run; a loss of None is that of a failure."""
-        self._seen.add(key_of(point))
-        distributions = {name: _distribution(self.space.knobs[name]) for name in point}
+    def _know(self, one: Outcome) -> None:
+        self._seen.add(key_of(one.point))
+        finished = one.state is TrialState.COMPLETE
         self._study.add_trial(
             create_trial(
-                state=TrialState.FAIL if loss is None else TrialState.COMPLETE,
-                value=loss,
-                params={name: self._drawn(name, value) for name, value in point.items()},
-                distributions=distributions,
+                state=one.state,
+                value=min(one.losses) if finished else None,
+                params={name: self._drawn(name, value) for name, value in one.point.items()},
+                distributions={name: _distribution(self.space.knobs[name]) for name in one.point},
+                intermediate_values=dict(enumerate(one.losses)),
             )
         )
 
@@ -69,15 +92,18 @@ class Proposals:
             self._study.tell(trial, state=TrialState.FAIL)
         return self._take(None, self._next_of_grid())
 
-    def told(self, point: Point, loss: float | None) -> None:
-        """Take what came of a point: its least loss, or None where it failed."""
-        trial = self._asked.pop(key_of(point), None)
+    def told(self, outcome: Outcome) -> None:
+        """Take what came of a point."""
+        trial = self._asked.pop(key_of(outcome.point), None)
         if trial is None:  # of the grid: it is known without having been drawn
             if not self._in_order:
-                self.known(point, loss)
+                self._know(outcome)
             return
-        state = TrialState.FAIL if loss is None else TrialState.COMPLETE
-        self._study.tell(trial, loss, state=state)
+        for number, loss in enumerate(outcome.losses):
+            trial.report(loss, number)
+        finished = outcome.state is TrialState.COMPLETE
+        value = min(outcome.losses) if finished else None
+        self._study.tell(trial, value, state=outcome.state)
 
     def _take(self, trial: Trial | None, point: Point | None) -> Point | None:
         if point is not None:

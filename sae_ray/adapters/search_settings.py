@@ -39,18 +39,19 @@ class SearchSettings(FinetuneSettings):
     sampler: Sampler = "tpe"
     """How they are chosen: by what came before (tpe), blindly (random), or all in turn (grid)."""
     prune: bool = True
-    """End a trial at a look at which others of its age are clearly ahead (ASHA)."""
+    """End a trial at a look at which it is behind the better half of those that have come as far in
+    their own steps (ASHA); the first of all are ended on the word of few."""
     num_finalists: int = Field(default=3, ge=1)
     """The best of them, which are trained again with other seeds."""
-    finalist_seeds: int = Field(default=3, ge=2)
-    """Seeds of each finalist and of the default LoRA."""
+    finalist_seeds: int = Field(default=3, ge=3)
+    """Seeds of each finalist and of the default LoRA, none of which the search has used."""
     max_divergence: float = Field(default=0.1, gt=0)
-    """Of dpo: nats a token of plain text from the base (KL) past which a step does not count, so
-    that preferences are compared at like distances."""
+    """Of dpo: nats a token of plain text from the base (KL) past which a look does not count: what
+    is compared is what each reaches within that distance."""
     concurrent_trials: int | None = Field(default=None, ge=1)
     """Trials at a time: one a GPU or core, or as many as share the GPUs, unless given."""
-    gpus_per_trial: float | None = Field(default=None, gt=0)
-    """GPUs of a trial, or a part of one, where there are any; one unless given."""
+    gpus_per_trial: float | None = Field(default=None, gt=0, le=1)
+    """Part of a GPU that a trial takes, where there are any; a whole one unless given."""
 
     @model_validator(mode="after")
     def _search_fits(self) -> "SearchSettings":
@@ -61,6 +62,8 @@ class SearchSettings(FinetuneSettings):
                     f"--{name} does nothing in a search, whose trials train in a process each: "
                     "leave it out, and give it to jobs/finetune.py with the best settings"
                 )
+        if self.objective == "dpo" and not self.general_rows:
+            raise ValueError("--general_rows 0 with dpo leaves no text to measure --max_divergence")
         if self.start_from is not None:
             raise ValueError("--start_from does not go with a search, whose trials begin anew")
         if self.space is None and self.lm is not None:

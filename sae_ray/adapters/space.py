@@ -41,6 +41,8 @@ _RANGES = (
     "max_gradient_norm", "num_epochs", "max_steps", "batch_rows", "beta", "retain_weight",
 )  # fmt: skip
 """Settings that may be ranges: rows and subspaces are read before anything is trained."""
+_WHOLE = ("r", "hidden", "max_steps", "batch_rows")
+"""Ranges of whole numbers."""
 _MAX_COMBINATIONS = 20_000
 _BETWEEN = 3
 """Points of a range in a grid, unless it says."""
@@ -73,6 +75,13 @@ class Range(BaseModel):
         """Say whether its numbers are whole."""
         return isinstance(self.low, int) and isinstance(self.high, int)
 
+    def fit(self, *, whole: bool) -> "Range":
+        """Return it with ends of the kind that its setting takes, however they were written."""
+        ends = (int(self.low), int(self.high)) if whole else (float(self.low), float(self.high))
+        if ends != (self.low, self.high):
+            raise ConfigError(f"low={self.low} and high={self.high}: give whole numbers")
+        return Range.model_construct(low=ends[0], high=ends[1], log=self.log, points=self.points)
+
     def spread(self) -> list[int | float]:
         """Return points from end to end, evenly, or evenly by their logarithm."""
         shares = [i / (self.points - 1) for i in range(self.points)]
@@ -100,6 +109,10 @@ class Space:
         """
         self.knobs, self.base = dict(knobs), base
         kinds = self.kinds()
+        if base.objective == "sft" and "beta" in knobs:
+            raise ConfigError("space.beta counts for dpo alone: leave it out, or give --objective")
+        if "max_steps" in knobs and "num_epochs" in knobs:
+            raise ConfigError("space.max_steps is in place of space.num_epochs: leave one out")
         for name in knobs:
             if name != "adapter" and not any(_counts(name, kind) for kind in kinds):
                 raise ConfigError(
@@ -254,7 +267,7 @@ def _knob(name: str, values: Any) -> Knob:
                 "a list of choices"
             )
         try:
-            return Range.model_validate(values)
+            return Range.model_validate(values).fit(whole=name in _WHOLE)
         except ValidationError as error:
             said = "; ".join(_told(one) for one in error.errors())
             raise ConfigError(

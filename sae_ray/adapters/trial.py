@@ -161,9 +161,11 @@ def _glance(finetuning: Finetuning, look: Look, started: float, max_divergence: 
     figures: dict[str, float] = look.figures(objective)
     apart = _divergence(finetuning) if objective == "dpo" else None
     loss = look.halves(objective)[0].loss(objective)
-    if not math.isfinite(loss):
+    rows = [*look.held_out, *look.general]
+    if not all(math.isfinite(one.nats) for one in rows):
         raise TrainingError(
-            f"the held-out rows have a loss of {loss} at step {look.number}: lower learning_rate"
+            f"rows that are looked at have no finite loss at step {look.number}: lower "
+            "learning_rate"
         )
     return Glance(
         step=look.number,

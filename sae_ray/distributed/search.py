@@ -6,6 +6,7 @@ which are pickles: a search goes on from its records, and knows from them what w
 """
 
 import dataclasses
+import gc
 import logging
 import math
 import os
@@ -18,13 +19,14 @@ from typing import Any, Protocol, runtime_checkable
 
 import ray
 import ray.tune
-from joblib import cpu_count
+import torch
 from ray.exceptions import RayError
 from ray.tune import (
     Callback,
     CheckpointConfig,
     FailureConfig,
     RunConfig,
+    Stopper,
     Trainable,
     TuneConfig,
     Tuner,
@@ -37,6 +39,7 @@ from sae_ray.adapters.attach import AdapterSpec
 from sae_ray.adapters.finetune import Material
 from sae_ray.adapters.recipe import Recipe
 from sae_ray.adapters.trial import Glance, Glimpse, Judged, run_trial
+from sae_ray.distributed.finetune import copied
 from sae_ray.distributed.runtime import plan_workers
 from sae_ray.errors import ConfigError, SaeRayError, WorkError
 from sae_ray.memory import keep_large_blocks
@@ -50,7 +53,6 @@ _DRIVER_ENV = {
     "TUNE_GLOBAL_CHECKPOINT_S": "100000",
 }
 _POLL_S = 0.2
-_SURVIVED_DEATHS = 2
 _REDUCTION = 2
 _LOSS, _LOOK = "loss", "look"
 
@@ -73,6 +75,8 @@ class Workshop:
     lm: str
     materials: Mapping[str, Material]
     max_divergence: float = math.inf
+    max_failures: int = 3
+    """Times that a training is begun anew after its worker died."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,17 +95,19 @@ class Places:
             ConfigError: GPUs are asked for where there are none.
         """
         workers = plan_workers(None)
-        if not workers.num_gpus:
-            if gpus_per_trial is not None:
-                raise ConfigError(
-                    f"--gpus_per_trial={gpus_per_trial} and the cluster has no GPU: leave it out"
-                )
-            cores = cpu_count() if len(ray.nodes()) == 1 else workers.count
-            many = count or workers.count
-            return cls(many, max(1, cores // many), 0.0)
-        each = gpus_per_trial or 1.0
-        fit = int(workers.count / each) if each >= 1 else workers.count * int(1 / each)
-        return cls(min(count or fit, fit), workers.num_cpus, each)
+        if workers.num_gpus:
+            each = gpus_per_trial or 1.0
+            fit = workers.count * int(1 / each)
+            return cls(min(count or fit, fit), workers.num_cpus, each)
+        if gpus_per_trial is not None:
+            raise ConfigError(
+                f"--gpus_per_trial={gpus_per_trial} and the cluster has no GPU: leave it out"
+            )
+        nodes = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
+        # On one machine fewer trials than cores share out all of them.
+        cores = int(min(nodes[0], workers.count)) if len(nodes) == 1 else 1
+        many = count or workers.count
+        return cls(many, max(1, cores // many), 0.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,16 +177,38 @@ def run_trials(
     if num < 1:
         return
     happened: queue.Queue[Ended | Under | BaseException | None] = queue.Queue()
+    unheard = _Unheard()
     with tempfile.TemporaryDirectory(prefix="sae-ray-tune-") as folder, _environment():
-        tuner = _tuner(asks, num, workshop, places, prune, folder, happened.put)
+        tuner = _tuner(asks, num, workshop, places, prune, folder, happened.put, unheard)
         thread = threading.Thread(target=_fit, args=(tuner, happened.put), daemon=True)
         thread.start()
-        while (one := happened.get()) is not None:
-            if isinstance(one, BaseException):
-                thread.join()
-                raise one
-            yield one
-        thread.join()
+        try:
+            while (one := happened.get()) is not None:
+                if isinstance(one, BaseException):
+                    raise one
+                yield one
+        finally:
+            unheard.set()
+            thread.join()
+
+
+class _Unheard(Stopper):
+    """Ends all trainings at their next look, when nobody listens any more."""
+
+    def __init__(self) -> None:
+        self._event = threading.Event()
+
+    def set(self) -> None:
+        self._event.set()
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        return self._event.is_set()
+
+    def stop_all(self) -> bool:
+        return self._event.is_set()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # Tune writes it down
 
 
 class Training(Trainable):
@@ -206,31 +234,43 @@ class Training(Trainable):
             glimpse = next(self._looks, None)
         except SaeRayError as error:
             return {_LOSS: math.inf, _LOOK: self._number, "failed": str(error), "done": True}
-        except (RuntimeError, MemoryError) as error:  # out of a device's memory, among others
-            said = str(error).strip().splitlines() or [type(error).__name__]
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            said = str(error).strip().splitlines() or ["out of memory"]
             return {_LOSS: math.inf, _LOOK: self._number, "failed": said[0], "done": True}
         if glimpse is None:
             return {_LOSS: self._least, _LOOK: self._number, "ended": True, "done": True}
-        if glimpse.glance.counts:
-            self._least = min(self._least, glimpse.glance.loss)
-        self._number += glimpse.glance.step > 0
-        return {_LOSS: self._least, _LOOK: self._number, "glimpse": glimpse}
+        glance = glimpse.glance
+        if glance.counts:
+            self._least = min(self._least, glance.loss)
+        self._number += glance.step > 0
+        result = {_LOSS: self._least, _LOOK: self._number, "glimpse": glimpse}
+        # Said with the last look: after it there is nothing to be ended early.
+        return result | ({"ended": True, "done": True} if glance.step == glance.total else {})
 
     def cleanup(self) -> None:
         """Stop the training where it is."""
-        self._looks.close()
+        if self._looks is not None:
+            self._looks.close()
+        self._looks = None
+        gc.collect()  # trainer and model hold each other
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
         self._scratch.cleanup()
 
     def _begin(self, config: dict[str, Any]) -> None:
         plan: Plan = config["plan"]
         self._scratch = tempfile.TemporaryDirectory(prefix="sae-ray-trial-")
         self._least, self._number = math.inf, 0
+        adapter, scratch = plan.adapter, Path(self._scratch.name)
+        if adapter is not None and adapter.subspaces:
+            here = [copied(url, scratch / f"{i}") for i, url in enumerate(adapter.subspaces)]
+            adapter = adapter.model_copy(update={"subspaces": tuple(here)})
         self._looks: Any = run_trial(
             self._workshop.lm,
-            plan.adapter,
+            adapter,
             plan.recipe,
             self._workshop.materials[plan.data],
-            Path(self._scratch.name),
+            scratch / "training",
             max_divergence=self._workshop.max_divergence,
         )
 
@@ -316,6 +356,7 @@ def _tuner(
     prune: bool,
     folder: str,
     tell: Callable[[Any], None],
+    unheard: Stopper,
 ) -> Tuner:
     resources = {"cpu": places.num_cpus} | ({"gpu": places.num_gpus} if places.num_gpus else {})
     trainable = ray.tune.with_resources(
@@ -342,8 +383,9 @@ def _tuner(
             name="study",
             storage_path=folder,
             verbose=0,
+            stop=unheard,
             checkpoint_config=CheckpointConfig(checkpoint_at_end=False),
-            failure_config=FailureConfig(max_failures=_SURVIVED_DEATHS),
+            failure_config=FailureConfig(max_failures=workshop.max_failures),
             callbacks=[_Recorder(asks, tell)],
         ),
     )

@@ -9,6 +9,7 @@ A folder of a study holds
 """
 
 import dataclasses
+import re
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping
@@ -17,10 +18,10 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from sae_ray.adapters.proposals import Proposals
+from sae_ray.adapters.proposals import Outcome, Proposals
 from sae_ray.adapters.search_settings import SearchSettings
 from sae_ray.adapters.space import Point
-from sae_ray.adapters.trial import Role, TrialRecord
+from sae_ray.adapters.trial import Glance, Role, Status, TrialRecord
 from sae_ray.artifacts import (
     Manifest,
     State,
@@ -41,6 +42,7 @@ from sae_ray.explain.search_page import SearchPage, render
 
 KIND = "study"
 Progress = tuple[str, int, int, str]
+_RECORD = re.compile(r"\d+\.json")
 
 
 class StudyMaker:
@@ -70,12 +72,17 @@ class StudyMaker:
             return
         yield "looking at combinations", num, num, ""
         with tempfile.TemporaryDirectory(prefix="sae-ray-") as staging, cluster():
-            require_shared([trainings.lm])
+            require_shared(trainings.folders())
             places = Places.plan(self.settings.concurrent_trials, self.settings.gpus_per_trial)
             materials = trainings.materials(staging)
             begin(self.path, KIND, asked, parents)
             trainings.span(materials, f"{self.path}/subspaces", staging)
-            workshop = Workshop(trainings.lm, materials, self.settings.max_divergence)
+            workshop = Workshop(
+                trainings.lm,
+                materials,
+                max_divergence=self.settings.max_divergence,
+                max_failures=self.settings.max_failures,
+            )
             self.records = {one.number: one for one in self._read_records()}
             yield from self._search(workshop, places)
             yield from self._finals(workshop, places)
@@ -119,14 +126,12 @@ class StudyMaker:
                 f"{self.path}/trials, and give another space"
             )
         first, each = self.settings.num_trials, self.settings.finalist_seeds
-        seeds = [self.settings.seed + i for i in range(each)]
+        # Seeds of their own: that of the search has chosen, and flatters what it chose.
+        seeds = [self.settings.seed + i for i in range(1, each + 1)]
         groups = [[_Run(first + i, {}, seed) for i, seed in enumerate(seeds)]]
         for one in best:
             begin = first + each * (1 + one.number)
-            runs = [_Run(begin + i, one.point, seed) for i, seed in enumerate(seeds)]
-            if one.status == "finished":  # one that was ended early is trained to its end
-                runs[0] = _Run(one.number, one.point, one.seed)
-            groups.append(runs)
+            groups.append([_Run(begin + i, one.point, seed) for i, seed in enumerate(seeds)])
         return groups
 
     def _keep(
@@ -156,7 +161,7 @@ class StudyMaker:
         """Return what is kept of a trial that has ended."""
         settings = self.trainings.settings_of(point)
         layer, component = self.trainings.place(settings)
-        failed = ended.reason is not None
+        status = _status(ended)
         return TrialRecord(
             number=ended.plan.number,
             role=role,
@@ -164,20 +169,23 @@ class StudyMaker:
             seed=seed,
             layer=layer,
             component=component,
-            status="failed" if failed else "pruned" if ended.pruned else "finished",
+            status=status,
             reason=ended.reason,
             num_parameters=ended.num_parameters,
             glances=ended.glances,
             base=ended.base,
-            best=None if failed else ended.best,
+            best=None if status == "failed" else ended.best,
         )
 
     def _read_records(self) -> Iterator[TrialRecord]:
         fs, root = locate(f"{self.path}/trials")
         if not fs.isdir(root):
             return
-        for name in sorted(str(one) for one in fs.ls(root, detail=False)):
-            place = f"{self.path}/trials/{name.rpartition('/')[2]}"
+        names = [str(one).rpartition("/")[2] for one in fs.ls(root, detail=False)]
+        for name in sorted(names):
+            if not _RECORD.fullmatch(name):
+                continue  # what a killed run was writing: it is no record until it has its name
+            place = f"{self.path}/trials/{name}"
             try:
                 yield TrialRecord.model_validate_json(read_file(place))
             except ValidationError as error:
@@ -219,9 +227,23 @@ class StudyMaker:
         }
         finish(self.path, extra, warnings)
 
+    def _warnings(self, records: list[TrialRecord]) -> list[str]:
+        found = []
+        if num := sum(one.status == "failed" for one in records):
+            found.append(f"{num} trials failed: report.html says why")
+        searched, asked = sum(one.role == "searched" for one in records), self.settings.num_trials
+        if searched < asked:
+            found.append(
+                f"{searched} trials of the {asked} asked for: the space holds no more that are new"
+            )
+        return found
+
     def _settings_of(self, trial: TrialRecord) -> dict[str, Any]:
         settings = self.trainings.settings_of(trial.point)
-        values = settings.model_dump(mode="json", exclude_unset=True, exclude={"num_workers"})
+        left_out = {"num_workers"}
+        if "max_rows" not in {*self.settings.model_fields_set, *trial.point}:
+            left_out.add("max_rows")  # the search looked at few rows: training takes all
+        values = settings.model_dump(mode="json", exclude_unset=True, exclude=left_out)
         return {name: value for name, value in values.items() if value is not None}
 
 
@@ -239,11 +261,11 @@ class _Asking:
 
     def __init__(self, maker: StudyMaker) -> None:
         self._maker, settings = maker, maker.settings
-        self._proposals = Proposals(maker.trainings.space, settings.sampler, settings.seed)
+        searched = [one for one in maker.records.values() if one.role == "searched"]
+        known = [_outcome(one.point, one.glances, one.status) for one in searched]
+        space = maker.trainings.space
+        self._proposals = Proposals(space, settings.sampler, settings.seed, known)
         self._points: dict[int, Point] = {}
-        for record in maker.records.values():
-            if record.role == "searched":
-                self._proposals.known(record.point, record.loss)
         numbers = range(settings.num_trials)
         self._free = iter([one for one in numbers if one not in maker.records])
 
@@ -258,14 +280,25 @@ class _Asking:
 
     def told(self, ended: Ended) -> None:
         """Tell the sampler what came of a point."""
-        losses = [one.loss for one in ended.glances if one.counts]
-        failed = ended.reason is not None or not losses
-        self._proposals.told(self._points[ended.plan.number], None if failed else min(losses))
+        point = self._points[ended.plan.number]
+        self._proposals.told(_outcome(point, ended.glances, _status(ended)))
 
     def record(self, ended: Ended) -> TrialRecord:
         """Return what is kept of a trial."""
         point = self._points[ended.plan.number]
         return self._maker.record(ended, "searched", point, self._maker.settings.seed)
+
+
+def _status(ended: Ended) -> Status:
+    if ended.reason is not None:
+        return "failed"
+    return "pruned" if ended.pruned else "finished"
+
+
+def _outcome(point: Point, glances: list[Glance], status: Status) -> Outcome:
+    losses = [one.loss for one in glances if one.counts] if status != "failed" else []
+    least = [min(losses[: i + 1]) for i in range(len(losses))]
+    return Outcome(point, least, pruned=status == "pruned")
 
 
 def _yaml(settings: Mapping[str, Any], summary: str) -> bytes:

@@ -1,10 +1,15 @@
 """Trainings of a study: from a point of its space to what is trained, on which rows."""
 
 import dataclasses
+import functools
 import json
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from sae_ray.adapters.attach import require_matrices
 from sae_ray.adapters.edits import LATENT_KINDS
 from sae_ray.adapters.examples import Example, PairExample, read_examples, read_pairs
 from sae_ray.adapters.finetune import Material
@@ -19,7 +24,6 @@ from sae_ray.distributed.search import Plan
 from sae_ray.distributed.spans import keep_subspace, subspaces_of
 from sae_ray.errors import ConfigError, PoolError, SaeRayError
 from sae_ray.lm import HookPoint, load_config, require_layer
-from sae_ray.sae.pretrained import load_encoder
 
 _OF_REFERENCE = {"lm", "data", "objective", "max_rows", "num_epochs", "max_steps", "batch_rows"}
 _OF_REFERENCE |= {"micro_rows", "max_tokens", "general", "held_out_rows", "general_rows", "dtype"}
@@ -41,6 +45,7 @@ class Trainings:
         self.settings, self.space = settings, settings.find_space()
         self.lm = locate_model(settings.lm or EMBEDDED)
         self._subspaces: dict[tuple[str, ...], tuple[str, ...]] = {}
+        self._points: dict[str, HookPoint] = {}
 
     def plan(self, number: int, point: Point, seed: int) -> Plan:
         """Return the training of a point; of none, that of the default LoRA."""
@@ -69,19 +74,34 @@ class Trainings:
                 "adapter=full with dpo has no base beside it to measure the distance from: leave "
                 "full out"
             )
-        config = load_config(self.lm)
-        num_layers = config.get_text_config().num_hidden_layers
-        if beyond := [one for one in settings.layers or () if not 0 <= one < num_layers]:
-            raise ConfigError(f"layers={beyond[0]} and {self.lm} has layers 0 to {num_layers - 1}")
         try:
-            for sae in self._saes(settings):
-                check_pair(ScorerConfig(self.lm, sae))
+            saes = self._saes(settings)
+            for sae in saes:
+                self._point_of(sae)
+            settings.spec(saes, saes)  # as many subspaces as SAEs
             for point in settings.hook_point or ():
-                require_layer(HookPoint.parse(point), config, self.lm)
+                require_layer(HookPoint.parse(point), self._config, self.lm)
+            require_matrices(self._skeleton, settings.targets, settings.layers)
         except ConfigError:
             raise
         except SaeRayError as error:
             raise ConfigError(str(error)) from None
+
+    @functools.cached_property
+    def _config(self) -> PretrainedConfig:
+        return load_config(self.lm)
+
+    @functools.cached_property
+    def _skeleton(self) -> PreTrainedModel:
+        """The model without its weights."""
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(self._config)
+
+    def _point_of(self, sae: str) -> HookPoint:
+        """Return where a SAE reads; it is loaded once, and held against the model."""
+        if sae not in self._points:
+            self._points[sae] = check_pair(ScorerConfig(self.lm, sae)).hook_point
+        return self._points[sae]
 
     def _saes(self, settings: FinetuneSettings) -> tuple[str, ...]:
         named = (settings.sae or [EMBEDDED]) if settings.needs_sae else []
@@ -90,7 +110,7 @@ class Trainings:
     def place(self, settings: FinetuneSettings) -> tuple[str, str]:
         """Return the layers and the component that a training changes."""
         if settings.adapter in LATENT_KINDS:
-            own = [load_encoder(sae).hook_point for sae in self._saes(settings)]
+            own = [self._point_of(sae) for sae in self._saes(settings)]
             points = [HookPoint.parse(one) for one in settings.hook_point or ()] or own
             layers = sorted({one.layer for one in points})
             return "+".join(map(str, layers)), "+".join(sorted({one.site for one in points}))
@@ -98,6 +118,12 @@ class Trainings:
         if settings.adapter == "subspace":
             return layers, "subspace"
         return layers, "all" if settings.targets is None else "+".join(settings.targets)
+
+    def folders(self) -> list[str]:
+        """Return what every machine must see: model and SAEs, those named on the hub left out."""
+        named = [self._saes(settings) for settings in self._sources()]
+        paths = [self.lm, *(sae for saes in named for sae in saes)]
+        return sorted({path for path in paths if Path(path).is_dir()})
 
     def parents(self) -> dict[str, str]:
         """Return the fingerprint of everything that trials are made of, by its role."""
@@ -133,6 +159,7 @@ class Trainings:
         first = read_learnt(base, data, self.lm, staging).material
         held = {mark for row in first.held_out for mark in _marks(row)}
         found = {self._material_key(base): first}
+        self._require_step(first, data)
         tokenizer = ChatTokenizer.load(self.lm)
         read = read_pairs if base.objective == "dpo" else read_examples
         for settings in self._sources():
@@ -149,13 +176,18 @@ class Trainings:
                 staging=staging,
             ).rows
             train = [row for row in rows if held.isdisjoint(_marks(row))][: settings.max_rows]
-            if len(train) < settings.batch_rows:
-                raise PoolError(
-                    f"{source} leaves {len(train)} rows to learn from beside those held out, fewer "
-                    f"than a step's {settings.batch_rows}: give more, or a smaller batch_rows"
-                )
             found[key] = dataclasses.replace(first, train=train)
+            self._require_step(found[key], source)
         return found
+
+    def _require_step(self, material: Material, source: str) -> None:
+        knob = self.space.knobs.get("batch_rows", [self.settings.batch_rows])
+        largest = max(knob) if isinstance(knob, list) else int(knob.high)
+        if len(material.train) < largest:
+            raise PoolError(
+                f"{source} leaves {len(material.train)} rows to learn from beside those held out, "
+                f"fewer than a step's {largest}: give more, or a smaller batch_rows"
+            )
 
     def _span_key(self, settings: FinetuneSettings) -> tuple[str, ...]:
         if settings.adapter != "subspace":

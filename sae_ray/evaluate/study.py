@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import scipy.stats
 from jaxtyping import Float, Int64
 
 from sae_ray.adapters.recipe import Objective
@@ -17,7 +18,6 @@ from sae_ray.evaluate.expert import compare
 from sae_ray.experts.card import Measure
 
 _RESAMPLES = 2000
-_INTERVAL = (2.5, 97.5)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +25,9 @@ class Finalist:
     """Settings trained to the end with several seeds."""
 
     seeds: list[TrialRecord]
-    """Runs that may be chosen by; failed ones are left out."""
+    """Runs that came to their end."""
+    num_failed: int
+    """Runs that did not: where there are any, it comes after all that have none."""
     chooses: float
     """Mean loss over seeds of the rows that choose."""
     gain: Measure
@@ -82,6 +84,7 @@ def finalists(
         found.append(
             Finalist(
                 seeds=seeds,
+                num_failed=len(runs) - len(seeds),
                 chooses=float(np.mean([one.loss for one in seeds if one.loss is not None])),
                 gain=over_seeds(bases, after, objective),
                 over_default=over_seeds(reference, after, objective) if pairs else None,
@@ -92,7 +95,7 @@ def finalists(
         raise TrainingError(
             f"no finalist came to its end ({'; '.join(reasons[:3])}): give another space"
         )
-    return sorted(found, key=lambda one: (one.chooses, one.trial.number))
+    return sorted(found, key=lambda one: (one.num_failed, one.chooses, one.trial.number))
 
 
 def _best_of(records: Sequence[TrialRecord]) -> list[Judged]:
@@ -102,28 +105,36 @@ def _best_of(records: Sequence[TrialRecord]) -> list[Judged]:
 def over_seeds(before: list[Judged], after: list[Judged], objective: Objective) -> Measure:
     """Return how much better one is than another, each in several runs on the same rows.
 
-    Intervals are 95 %, by bootstrap of rows (paired) and of runs (each side's own), together:
-    Efron & Tibshirani 1993, ch. 8.
+    Intervals are 95 %, of Student's t: the variance over rows (paired, by bootstrap) and those over
+    the runs of either side are added, with Welch and Satterthwaite's degrees of freedom; a
+    bootstrap of three runs would be too sure. A single run says nothing of seeds, and adds none.
     """
     sides = [_tables(runs, objective) for runs in (before, after)]
     num_rows = sides[0][0].shape[1]
-    rng = np.random.default_rng(0)
-    rows = rng.integers(num_rows, size=(_RESAMPLES, num_rows))
+    draws = np.random.default_rng(0).integers(num_rows, size=(_RESAMPLES, num_rows))
     everything = np.arange(num_rows)[None]
-    found, drawn = [], []
+    means, drawn, parts = [], [], []
     for values, weights in sides:
-        runs = len(values)
-        found.append(float(_statistic(values, weights, np.arange(runs)[None], everything)[0]))
-        drawn.append(_statistic(values, weights, rng.integers(runs, size=(_RESAMPLES, runs)), rows))
+        each = _of_rows(values, weights, everything)[:, 0]
+        means.append(float(each.mean()))
+        drawn.append(_of_rows(values, weights, draws).mean(0))
+        if len(each) > 1:
+            parts.append((float(each.var(ddof=1)) / len(each), len(each) - 1))
+    parts.append((float((drawn[1] - drawn[0]).var(ddof=1)), num_rows - 1))
+    variance = sum(one for one, _ in parts)
+    below = sum(one**2 / df for one, df in parts if df > 0)
+    reach = 0.0
+    if variance > 0:
+        reach = float(scipy.stats.t.ppf(0.975, variance**2 / below)) * variance**0.5
     sign = 1.0 if objective == "dpo" else -1.0
-    low, high = np.percentile(sign * (drawn[1] - drawn[0]), _INTERVAL)
+    gain = sign * (means[1] - means[0])
     return Measure(
         name="held_out_accuracy" if objective == "dpo" else "held_out_loss",
-        base=found[0],
-        expert=found[1],
-        gain=sign * (found[1] - found[0]),
-        low=float(low),
-        high=float(high),
+        base=means[0],
+        expert=means[1],
+        gain=gain,
+        low=gain - reach,
+        high=gain + reach,
         num_rows=num_rows,
     )
 
@@ -139,18 +150,13 @@ def _tables(
     return nats, np.array([[float(one[1]) for one in run.held_out] for run in runs])
 
 
-def _statistic(
+def _of_rows(
     values: Float[np.ndarray, "runs rows"],
     weights: Float[np.ndarray, "runs rows"],
-    runs: Int64[np.ndarray, "draws n"],
-    rows: Int64[np.ndarray, "draws m"],
-) -> Float[np.ndarray, " draws"]:
-    """Return the weighted mean over the rows drawn, averaged over the runs drawn."""
-    found = np.empty(len(rows))
-    for i, (some, of) in enumerate(zip(runs, rows, strict=True)):
-        sums = values[:, of].sum(1) / np.maximum(1, weights[:, of].sum(1))
-        found[i] = sums[some].mean()
-    return found
+    draws: Int64[np.ndarray, "draws m"],
+) -> Float[np.ndarray, "runs draws"]:
+    """Return each run's weighted mean over the rows drawn."""
+    return values[:, draws].sum(-1) / np.maximum(1, weights[:, draws].sum(-1))
 
 
 _SCHEMA = pa.schema(

@@ -31,6 +31,11 @@ class Finalist(Protocol):
         ...
 
     @property
+    def num_failed(self) -> int:
+        """Return how many did not."""
+        ...
+
+    @property
     def chooses(self) -> float:
         """Return their mean loss on the rows that choose."""
         ...
@@ -118,14 +123,18 @@ class SearchPage:
             f"choose is {named(best.trial)}: over {len(best.seeds)} seeds, on other rows, it is "
             f"{_better(best.gain, self.figure)} than the base"
         )
-        if best.over_default is None:
+        if not best.trial.point:
             return said + "; nothing that was tried comes before it."
+        if best.over_default is None:
+            return said + "; the default LoRA did not come to its end, to compare with."
         return said + f", and {_better(best.over_default, self.figure)} than the default LoRA."
 
     @property
     def doubt(self) -> str | None:
         """Say where the search has not paid beyond its interval."""
         best = self.finalists[0]
+        if best.num_failed:
+            return f"{best.num_failed} of its runs failed, as did runs of all others."
         if not best.gain.is_better:
             return "No setting beats the base beyond the interval: give more rows, or other data."
         if best.over_default is not None and not best.over_default.is_better:
@@ -159,7 +168,7 @@ class SearchPage:
 
     @property
     def cells(self) -> dict[tuple[str, str], Cell]:
-        """Return the best finished trial of each layer and component, by the rows that choose."""
+        """Return the best trial of each layer and component, ended early or not."""
         groups: dict[tuple[str, str], list[TrialRecord]] = {}
         for one in self.tried:
             groups.setdefault((one.layer, one.component), []).append(one)

@@ -47,7 +47,8 @@ def test_a_search_that_is_killed_goes_on_and_trains_nothing_twice(
     job.wait()
     before = trials(out)
     assert not (out / "manifest.json").exists()
-    # What was being written when the power went is no record: it is named, not skipped.
+    # What was being written is no record; a record that cannot be read is named, not skipped.
+    (out / "trials" / ".write-0123456789ab").write_text("{")
     torn = out / "trials" / "00003.json"
     if torn.name not in before:
         torn.write_bytes(next(iter(before.values()))[:50])
@@ -55,6 +56,7 @@ def test_a_search_that_is_killed_goes_on_and_trains_nothing_twice(
         assert "00003.json is no record of a trial" in capsys.readouterr().err
         torn.unlink()
     assert run(SMOKE, f"--out={out}") == 0
+    (out / "trials" / ".write-0123456789ab").unlink(missing_ok=True)
     verify(str(out))
     after = trials(out)
     assert before.items() <= after.items()
@@ -62,7 +64,8 @@ def test_a_search_that_is_killed_goes_on_and_trains_nothing_twice(
     searched = [row for row in rows if row["role"] == "searched"]
     assert [row["number"] for row in searched] == [0, 1, 2, 3]
     assert len({row["point"] for row in searched}) == 4
-    assert [row["seed"] for row in rows if row["role"] == "reference"] == [0, 1]
+    assert [row["seed"] for row in rows if row["role"] == "reference"] == [1, 2, 3]
+    assert all(row["steps"] < row["total_steps"] for row in rows if row["status"] == "pruned")
     assert all(row["gain_low"] <= row["gain"] <= row["gain_high"] for row in rows)
     for row in searched:
         point = json.loads(row["point"])

@@ -56,6 +56,15 @@ def test_a_range_is_spread_from_end_to_end(
     assert spread[-1] == high
 
 
+def test_numbers_of_a_range_are_of_the_kind_that_the_setting_takes() -> None:
+    knobs = parse("{r: {low: 4, high: 6.4e+1}, warmup_share: {low: 0, high: 1}}").knobs
+    r, share = knobs["r"], knobs["warmup_share"]
+    assert isinstance(r, Range)
+    assert isinstance(share, Range)
+    assert r.is_whole
+    assert not share.is_whole
+
+
 def test_settings_of_a_point_are_the_base_with_its_values() -> None:
     base = FinetuneSettings(r=4, num_epochs=2, max_rows=50)
     space = parse("{adapter: [lora, steering], learning_rate: [0.5], sae: [here]}", base)
@@ -84,6 +93,9 @@ def test_settings_of_a_point_are_the_base_with_its_values() -> None:
         ("{learning_rate: {lo: 1, high: 2}}", "is no range"),
         ("{max_rows: {low: 10, high: 100}}", "give a list of choices"),
         ("{hidden: [8, 16]}", "space.hidden counts for no adapter of lora"),
+        ("{beta: [0.1, 0.5]}", "space.beta counts for dpo alone"),
+        ("{max_steps: [5], num_epochs: [1, 2]}", "leave one out"),
+        ("{r: {low: 1.5, high: 4}}", "give whole numbers"),
         ("nowhere.yaml", "cannot be read"),
         ("{adapter: [lora", "cannot be read"),
         ("{[1, 2]: 3}\n", "cannot be read"),

@@ -110,6 +110,18 @@ def test_a_worker_that_is_killed_is_begun_anew_and_nothing_is_told_twice(
     assert steps.count(0) == 2  # it began twice, and the record holds one training
 
 
+def test_trainings_that_nobody_listens_to_are_ended_and_cores_come_back(
+    ray_cluster: None, workshop: Workshop
+) -> None:
+    free = ray.available_resources()["CPU"]
+    asks = InOrder([plan(number, 1e-2, 4000) for number in range(3)])
+    told = run_trials(asks, 3, workshop, Places(2, 1, 0.0), prune=False)
+    assert isinstance(next(told), Under)
+    told.close()
+    assert ray.available_resources()["CPU"] == free
+    assert not busy_workers()
+
+
 def test_no_training_at_all_starts_nothing(workshop: Workshop) -> None:
     assert list(run_trials(InOrder([]), 0, workshop, Places(1, 1, 0.0), prune=True)) == []
 

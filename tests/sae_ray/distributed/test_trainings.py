@@ -23,7 +23,8 @@ def make(tiny_lm: Path, tmp_path: Path) -> Callable[..., Trainings]:
     def make(space: dict[str, Any], **changes: Any) -> Trainings:
         few: dict[str, Any] = {"lm": str(tiny_lm), "data": str(pool), "max_tokens": 256}
         few |= {"held_out_rows": 10, "general_rows": 0, "batch_rows": 4}
-        return Trainings(SearchSettings(space=space, **{**few, **changes}))
+        given = {name: value for name, value in few.items() if name == "data" or name not in space}
+        return Trainings(SearchSettings(space=space, **{**given, **changes}))
 
     return make
 
@@ -118,6 +119,32 @@ def test_a_sae_of_another_width_or_point_is_named_with_its_combination(
         with pytest.raises(ConfigError, match=f"sae={wrong} cannot be") as found:
             trainings.space.require_possible(trainings.check)
         assert said in str(found.value)
+
+
+@pytest.mark.parametrize(
+    ("space", "said"),
+    [
+        ({"targets": [["q_proj"], ["nope"]]}, "targets=nope cannot be: targets=nope and the model"),
+        ({"layers": [[0], [1, 8]]}, "layers=1\\+8 cannot be: layers=8"),
+        (
+            {"adapter": ["scale"], "hook_point": [["blocks.0.hook_resid_post"] * 2]},
+            "2 hook points and 1 SAEs",
+        ),
+    ],
+)
+def test_what_the_model_lacks_is_named_before_the_start(
+    space: dict[str, Any], said: str, make: Callable[..., Trainings], tmp_path: Path
+) -> None:
+    trainings = make(space, sae=[str(save_tiny_sae(tmp_path / "sae"))])
+    with pytest.raises(ConfigError, match=said):
+        trainings.space.require_possible(trainings.check)
+
+
+def test_a_step_larger_than_the_rows_is_refused(
+    make: Callable[..., Trainings], tmp_path: Path
+) -> None:
+    with pytest.raises(PoolError, match="fewer than a step's 100"):
+        make({"batch_rows": [4, 100]}).materials(str(tmp_path))
 
 
 def test_parents_are_all_that_trials_are_made_of(

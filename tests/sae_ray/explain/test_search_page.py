@@ -53,6 +53,7 @@ class Final:
     def __init__(self, seeds: Sequence[TrialRecord], gain: Measure, over: Measure | None) -> None:
         self.seeds, self.trial = list(seeds), seeds[0]
         self.chooses, self.gain, self.over_default = 1.0, gain, over
+        self.num_failed = 0
 
 
 def page(over: Measure | None = None, gain: Measure | None = None, **changes: Any) -> SearchPage:
@@ -98,7 +99,6 @@ def test_the_summary_says_what_is_best_over_what_and_by_how_much() -> None:
         (measure(0.4, 0.1, 0.7), None, None),
         (measure(0.1, -0.1, 0.3), None, "the default may do as well"),
         (measure(0.4, 0.1, 0.7), measure(0.1, -0.2, 0.4), "No setting beats the base"),
-        (None, None, None),
     ],
 )
 def test_where_the_search_has_not_paid_the_page_says_so(
@@ -107,6 +107,17 @@ def test_where_the_search_has_not_paid_the_page_says_so(
     found = page(over, gain)
     assert found.doubt is None if said is None else said in (found.doubt or "")
     assert said is None or said in render(found)
+
+
+def test_a_default_that_failed_is_told_from_a_default_that_is_best() -> None:
+    assert "the default LoRA did not come to its end" in page(None).summary
+    assert "none to compare with" in render(page(None))
+    best = Final([record(4, {}, 1.4, role="reference")], measure(0.6, 0.5, 0.7), None)
+    found = page(finalists=[best])
+    assert "nothing that was tried comes before it" in found.summary
+    assert found.doubt is None
+    best.num_failed = 1
+    assert "1 of its runs failed" in (page(finalists=[best]).doubt or "")
 
 
 def test_a_cell_holds_the_best_of_its_place_with_its_interval() -> None:
