@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from pathlib import Path
 
 import psutil
@@ -118,6 +119,9 @@ def test_trainings_that_nobody_listens_to_are_ended_and_cores_come_back(
     told = run_trials(asks, 3, workshop, Places(2, 1, 0.0), prune=False)
     assert isinstance(next(told), Under)
     told.close()
+    deadline = time.monotonic() + 60
+    while ray.available_resources().get("CPU") != free and time.monotonic() < deadline:
+        time.sleep(0.2)  # Ray gives back what a killed actor had when it has seen it die
     assert ray.available_resources()["CPU"] == free
     assert not busy_workers()
 
