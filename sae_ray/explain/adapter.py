@@ -11,6 +11,7 @@ checked on the other. Any other adapter changes weights: of it, what the latents
 is told, and no latent is said to be the cause.
 """
 
+import contextlib
 import hashlib
 import io
 import json
@@ -56,12 +57,15 @@ from sae_ray.explain.verification import Verification, verify
 from sae_ray.lm import HookPoint
 from sae_ray.sae.labels import labels_of, read_labels
 from sae_ray.sae.pretrained import load_encoder
-from sae_ray.threads import use_cores
+from sae_ray.threads import one_thread, use_cores
 
 KIND = "explanation"
 _MIN_ROWS = 20
 """Held-out rows, of which half rank and half check."""
 _NUM_PUSHED, _ROWS_EACH = 5, 3
+_SMALL = 10_000_000
+"""Parameters below which sharing out the products of a few rows costs more than it gives: where
+others use the cores too, ranking with the embedded model takes fifty times as long on two."""
 
 Progress = tuple[str, int, int, str]
 
@@ -151,7 +155,9 @@ class Explaining:
             assert isinstance(model, PeftModel)
             model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
             begin(self.path, KIND, asked, parents)
-            page = yield from self._explained(model, learnt, labels)
+            is_small = sum(one.numel() for one in model.parameters()) < _SMALL
+            with one_thread() if is_small else contextlib.nullcontext():
+                page = yield from self._explained(model, learnt, labels)
         self._write(page)
 
     def _sites(self) -> dict[str, str]:
