@@ -283,6 +283,7 @@ class Explaining:
         yield "answering", 0, 1, ""
         answered = [
             Answered(
+                prompt=_asked(row, tokenizer),
                 gains=gained(model, row, tokenizer),
                 before=greedy(model, row, tokenizer, tuned=False),
                 after=greedy(model, row, tokenizer, tuned=True),
@@ -366,3 +367,8 @@ def _texts(rows: Sequence[Example | PairExample]) -> list[Example]:
 def _said(row: Example | PairExample, tokenizer: ChatTokenizer) -> str:
     (one,) = _texts([row])
     return str(tokenizer.tokenizer.decode(one.ids))
+
+
+def _asked(row: Example, tokenizer: ChatTokenizer) -> str:
+    prompt = row.ids[: int(row.learnt.argmax())]
+    return str(tokenizer.tokenizer.decode(prompt, skip_special_tokens=True))
