@@ -281,15 +281,8 @@ class Explaining:
             ]
             pushed = self._pushed(dial, learnt, ranked, tokenizer, rng)
         yield "answering", 0, 1, ""
-        answered = [
-            Answered(
-                prompt=_asked(row, tokenizer),
-                gains=gained(model, row, tokenizer),
-                before=greedy(model, row, tokenizer, tuned=False),
-                after=greedy(model, row, tokenizer, tuned=True),
-            )
-            for row in _texts(checking)[: settings.num_answers]
-        ]
+        some = _texts(checking)[: settings.num_answers]
+        answered = [_answered(model, row, tokenizer) for row in some]
         return AdapterPage(
             card=self.card, attribution=found, places=places, verification=checked, ranked=ranked,
             pushed=pushed, drifts=drifts, labels=labels, answered=answered,
@@ -369,6 +362,11 @@ def _said(row: Example | PairExample, tokenizer: ChatTokenizer) -> str:
     return str(tokenizer.tokenizer.decode(one.ids))
 
 
-def _asked(row: Example, tokenizer: ChatTokenizer) -> str:
+def _answered(model: PeftModel, row: Example, tokenizer: ChatTokenizer) -> Answered:
     prompt = row.ids[: int(row.learnt.argmax())]
-    return str(tokenizer.tokenizer.decode(prompt, skip_special_tokens=True))
+    return Answered(
+        prompt=str(tokenizer.tokenizer.decode(prompt, skip_special_tokens=True)),
+        gains=gained(model, row, tokenizer),
+        before=greedy(model, row, tokenizer, tuned=False),
+        after=greedy(model, row, tokenizer, tuned=True),
+    )
