@@ -46,4 +46,4 @@ def tabulate(marks: Marks) -> str:
     console = Console()
     with console.capture() as said:
         console.print(table)
-    return said.get()
+    return said.get().rstrip("\n")
