@@ -7,8 +7,6 @@ from sae_ray.artifacts import open_artifact, read_file
 from sae_ray.errors import ConfigError
 from sae_ray.explain.adapter import KIND, Explaining, ExplainSettings, Progress
 
-_FEW: dict[str, int] = {"num_top": 10, "num_drawn": 4, "audit_rows": 24, "num_answers": 2}
-"""What a look in seconds checks."""
 _NUM_TOLD = 5
 
 
@@ -25,8 +23,9 @@ def why(expert: str, path: str, follow: Callable[[Iterator[Progress]], None]) ->
     Raises:
         SaeRayError: there is no such expert, or its files are not what they were.
     """
+    few = ExplainSettings(expert=expert, num_top=10, num_drawn=4, audit_rows=24, num_answers=2)
     try:
-        follow(Explaining(ExplainSettings(expert=expert, **_FEW), path).run())
+        follow(Explaining(few, path).run())
     except ConfigError as error:
         yield f"   not explained: {error}"
         return
