@@ -3,10 +3,10 @@
 
 import sys
 
-from sae_ray.artifacts import open_artifact
 from sae_ray.config import OutputPath, run_job
 from sae_ray.distributed.progress import follow
-from sae_ray.explain.adapter import KIND, Explaining, ExplainSettings
+from sae_ray.explain.adapter import Explaining, ExplainSettings
+from sae_ray.explain.telling import told
 
 
 class Config(ExplainSettings):
@@ -27,10 +27,7 @@ class Config(ExplainSettings):
 def main(config: Config) -> None:
     """Explain the expert and say what came of it."""
     follow(Explaining(config, config.out).run())
-    manifest = open_artifact(config.out, KIND)
-    for warning in manifest.warnings:
-        print(f"warning: {warning}")
-    print(manifest.extra["summary"])
+    print(*told(config.out), sep="\n")
     print(f"{config.out}: read {config.out}/report.html")
 
 

@@ -5,9 +5,8 @@ import sys
 from pathlib import Path
 
 from pydantic import Field
-from rich.console import Console
 
-from sae_ray.adapters.settings import FinetuneSettings
+from sae_ray.adapters.settings import AdapterName, quick
 from sae_ray.config import require_absolute_inside_ray_job, run_job
 from sae_ray.curate.index import FeatureIndex
 from sae_ray.curate.output import preview, write_random
@@ -21,6 +20,7 @@ from sae_ray.experts.registry import ExpertRegistry
 from sae_ray.experts.tables import told
 from sae_ray.explain.asking import SECOND, try_out
 from sae_ray.explain.curation import Curator
+from sae_ray.explain.telling import why
 
 
 class Config(IndexSettings):
@@ -51,10 +51,8 @@ def main(config: Config) -> None:
         print(*preview(f"{folder}/{name}", 3), sep="\n")
         return f"{folder}/{name}"
 
-    def train(name: str, data: str, task: str) -> ExpertMaker:
-        few = {"num_epochs": 5, "micro_rows": 16, "general_rows": 16, "num_workers": 0}
-        settings = FinetuneSettings(lm=config.lm, data=data, **few)  # pyright: ignore
-        maker = ExpertMaker(settings, f"{folder}/{name}", name=name, description=task)
+    def train(name: str, data: str, adapter: AdapterName = "lora") -> ExpertMaker:
+        maker = ExpertMaker(quick(config.lm, data, adapter), f"{folder}/{name}", name=name)
         follow(maker.make())
         print(f"   {name}: {told(maker.card.measures[0])}")
         return maker
@@ -65,15 +63,17 @@ def main(config: Config) -> None:
     print(f"2. curate for: {config.task}; the first rows, and why")
     selection = curate("selection", config.task)
     print("3. train an expert on them, and one on as many random rows")
-    train("expert", selection, config.task).register(registry)
-    train("random", write_random(index, selection, f"{folder}/random.jsonl"), "random rows")
+    train("expert", selection).register(registry)
+    train("random", write_random(index, selection, f"{folder}/random.jsonl"))
     if not own:
-        adapters = {name: folder / name / "adapter" for name in ("expert", "random")}
-        Console().print(tabulate(examine(adapters)))
-        print(f"4. a second expert, for: {SECOND}; and both behind one address")
-        train("second", curate("second-selection", SECOND), SECOND).register(registry)
+        print(tabulate(examine({one: folder / one / "adapter" for one in ("expert", "random")})))
+        print("4. the same rows again, learnt by numbers on SAE latents: which of them did it")
+        train("steering", selection, "steering")
+        print(*why(f"{folder}/steering", f"{folder}/why", follow), sep="\n")
+        print(f"5. a second expert, for: {SECOND}; and both behind one address")
+        train("second", curate("second-selection", SECOND)).register(registry)
         print(*try_out(registry, f"{folder}/router", Path(__file__).parent), sep="\n")
-    print(f"\nNow open {selection}/report.html and {folder}/expert/report.html")
+    print("\nNow open", *sorted(folder.glob("*/report.html")), sep="\n   ")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import json
 import re
 import shutil
 import subprocess
@@ -67,6 +68,15 @@ def first_line(name: str) -> str:
     return (ast.get_docstring(parse(name)) or "").split("\n")[0]
 
 
+def notebooks() -> dict[str, str]:
+    """Return the heading of each notebook, by its name."""
+    found = {}
+    for path in sorted((ROOT / "jobs").rglob("*.ipynb")):
+        first = json.loads(path.read_text(encoding="utf-8"))["cells"][0]["source"][0]
+        found[str(path.relative_to(ROOT))] = first.strip().removeprefix("# ")
+    return found
+
+
 def listed_in(readme: str) -> dict[str, str]:
     return dict(README_ROW.findall((ROOT / readme).read_text(encoding="utf-8")))
 
@@ -74,7 +84,7 @@ def listed_in(readme: str) -> dict[str, str]:
 def test_the_readme_lists_every_folder_and_job_with_the_first_line_of_its_docstring():
     packages = [Path(name).parent for name in python_files("sae_ray") if name.count("/") == 2]
     wanted = {f"{folder}/": first_line(f"{folder}/__init__.py") for folder in packages}
-    wanted |= {name: first_line(name) for name in python_files("jobs", "serve")}
+    wanted |= {name: first_line(name) for name in python_files("jobs", "serve")} | notebooks()
     assert listed_in("README.md") == wanted
 
 
@@ -222,8 +232,8 @@ def test_tests_mirror_the_tree():
         parts = Path(name).parts
         if parts[1] in SHIPPED and Path(name).name.startswith("test_"):
             source = ROOT.joinpath(*parts[1:-1], Path(name).stem.removeprefix("test_"))
-            suffix = ".js" if "ui" in parts else ".py"
-            if not source.is_dir() and not source.with_suffix(suffix).exists():
+            suffixes = [".js"] if "ui" in parts else [".py", ".ipynb"]
+            if not source.is_dir() and not any(source.with_suffix(s).exists() for s in suffixes):
                 offenders.append(f"{name} has no {source.relative_to(ROOT)}.py")
         if Path(name).name == "__init__.py":
             offenders.append(f"{name}: tests are no package")

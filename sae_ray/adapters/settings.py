@@ -225,3 +225,25 @@ class FinetuneSettings(JobConfig, Recipe):
         """Return what decides the result beside what it is made of."""
         fields = set(FinetuneSettings.model_fields) - _SOURCES - _INCIDENTAL
         return {**self.model_dump(mode="json", include=fields), "learning_rate": self.rate}
+
+
+def quick(lm: str | None, data: str, adapter: AdapterName = "lora") -> FinetuneSettings:
+    """Return settings that learn a few hundred rows in seconds, in this process.
+
+    What is learnt on latents is kept to few of them, so that it can be told which they are.
+
+    Args:
+        lm: language model; None is the embedded one.
+        data: folder of a selection, or a pool.
+        adapter: what is trained.
+    """
+    return FinetuneSettings(
+        lm=lm,
+        data=data,
+        adapter=adapter,
+        l1=0.01 if adapter in LATENT_KINDS else 0.0,
+        num_epochs=4,
+        micro_rows=16,
+        general_rows=8,
+        num_workers=0,
+    )

@@ -6,6 +6,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import torch
 from peft import PeftModel
+from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -17,7 +18,7 @@ Marks = dict[str, dict[str, float]]
 """Who was asked -> domain -> share of right answers."""
 
 
-def examine(adapters: Mapping[str, str | Path], *, num_questions: int = 40) -> Marks:
+def examine(adapters: Mapping[str, str | Path], *, num_questions: int = 20) -> Marks:
     """Ask the embedded model alone and with each adapter, so many questions a domain."""
     asked: dict[str, int] = {}
     rows = []
@@ -37,9 +38,12 @@ def examine(adapters: Mapping[str, str | Path], *, num_questions: int = 40) -> M
     return marks
 
 
-def tabulate(marks: Marks) -> Table:
-    """Return a row a domain, a column for each who was asked."""
+def tabulate(marks: Marks) -> str:
+    """Return a row a domain, a column for each who was asked, as text."""
     table = Table("domain", *marks, title="right answers")
     for domain in next(iter(marks.values())):
         table.add_row(domain, *(f"{one[domain]:.0%}" for one in marks.values()))
-    return table
+    console = Console()
+    with console.capture() as said:
+        console.print(table)
+    return said.get().rstrip("\n")

@@ -83,6 +83,7 @@ class Pushed:
 class Answered:
     """A held-out row: its own reply shaded, and the likeliest answers before and after."""
 
+    prompt: str
     gains: Markup
     before: str
     after: str
@@ -283,7 +284,10 @@ class AdapterPage:
                 }
                 for point, one in self.drifts.items()
             },
-            "answers": [{"before": one.before, "after": one.after} for one in self.answered],
+            "answers": [
+                {"prompt": one.prompt, "before": one.before, "after": one.after}
+                for one in self.answered
+            ],
         }
 
 

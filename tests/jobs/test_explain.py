@@ -86,6 +86,7 @@ def test_an_expert_on_latents_is_explained_with_the_same_facts_on_page_and_in_js
     assert sum(row["left_out_nats"] is not None for row in table) == 4
     assert len(told["places"]) == 4
     assert len(told["answers"]) == 2
+    assert all(one["prompt"].split()[-1] in page for one in told["answers"])
     before = open_artifact(str(out), KIND).created
     assert run(f"--expert={expert}", f"--out={out}", labels, *SMALL) == 0
     assert open_artifact(str(out), KIND).created == before
