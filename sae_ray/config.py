@@ -217,7 +217,8 @@ def _from_text(field: FieldInfo, given: JsonValue) -> JsonValue:
     """Read a flag or environment value; numbers, paths and booleans are left to pydantic."""
     if _is_list(field):
         parts = given if isinstance(given, list) else [given]
-        return [item for part in parts for item in _split(str(part))]
+        is_text = str in _options(field)
+        return [item for part in parts for item in _split(str(part), is_text=is_text)]
     if not isinstance(given, str):
         return given
     options = _options(field)
@@ -227,14 +228,18 @@ def _from_text(field: FieldInfo, given: JsonValue) -> JsonValue:
     return next((choice for choice in choices if str(choice) == given), given)
 
 
-def _split(text: str) -> list[JsonValue]:
-    """Read a list: JSON where it starts with a bracket, else separated by commas."""
+def _split(text: str, *, is_text: bool) -> list[JsonValue]:
+    """Read a list: JSON where it starts with a bracket, else separated by commas.
+
+    `is_text` means that the field may be one text as well: then commas are part of it.
+    """
     if not text.lstrip().startswith("["):
-        return [item.strip() for item in text.split(",") if item.strip()]
+        return [text] if is_text else [item.strip() for item in text.split(",") if item.strip()]
     try:
         items = json.loads(text)
     except json.JSONDecodeError as error:
-        raise ConfigError(f"{text!r} is not a JSON list ({error}): write it as a,b,c") from None
+        how = 'as ["a", "b"]' if is_text else "as a,b,c"
+        raise ConfigError(f"{text!r} is not a JSON list ({error}): write it {how}") from None
     return items
 
 

@@ -18,13 +18,13 @@ from sae_ray.errors import ModelError, RequestError, SaeRayError, WorkError
 from sae_ray.experts.answers import Ask, Finish, Limits, Piece, Ticket
 from sae_ray.experts.engine import Engine
 from sae_ray.experts.following import Follower
-from sae_ray.experts.prototypes import requests
+from sae_ray.experts.prototypes import ReadToken, requests, tokens_of
 from sae_ray.experts.registry import ExpertRegistry
 from sae_ray.experts.router import Route, Router
 from sae_ray.lm import DTypeName
 from sae_ray.storage import storage_errors
 from sae_ray.threads import use_cores
-from serve.gateway import Answer, Backends, Gateway, Question, ReadToken
+from serve.gateway import Answer, Backends, Gateway, Question
 from serve.keys import Keys
 from serve.meters import EngineMeters, Meters
 from serve.routes import HttpLimits, Ingress, create_app
@@ -201,10 +201,7 @@ class RouterReplica:
         """Return the last request's tokens, each with those of these latents that are on there."""
         last = "".join(requests(messages)[-1:])
         trace = await asyncio.to_thread(self._follower.router.eyes.trace, last, latents)
-        return [
-            ReadToken(text, {latents[i]: float(values[i]) for i in values.nonzero()[0]})
-            for text, values in zip(trace.texts, trace.latents, strict=True)
-        ]
+        return tokens_of(trace, latents)
 
     def _look_round(self) -> None:
         """Look into the registry now and then."""

@@ -17,6 +17,7 @@ from ray.serve.exceptions import BackPressureError, RayServeException
 from sae_ray.chat import Message
 from sae_ray.errors import BusyError, RequestError, SaeRayError, WorkError
 from sae_ray.experts.answers import Piece, Sampling
+from sae_ray.experts.prototypes import ReadToken
 from sae_ray.experts.router import Route
 from serve.meters import Meters
 from serve.schemas import BASE, MIXTURE, ApiError, RouteOptions
@@ -58,16 +59,6 @@ class Answer:
     def text(self) -> str:
         """Return what it says."""
         return "".join(piece.text for piece in self.pieces)
-
-
-@dataclasses.dataclass(frozen=True)
-class ReadToken:
-    """A token of a request, as the router reads it."""
-
-    text: str
-    """Empty where an earlier token shows the character that both are parts of."""
-    activations: dict[int, float]
-    """Of the latents asked for, those that are on."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,11 +126,7 @@ class Chosen:
     def _told_tokens(self) -> dict[str, JsonValue]:
         if self.tokens is None:
             return {}
-        told: list[JsonValue] = [
-            {"text": one.text, "activations": {str(n): z for n, z in one.activations.items()}}
-            for one in self.tokens
-        ]
-        return {"tokens": told}
+        return {"tokens": [one.told for one in self.tokens]}
 
 
 T = TypeVar("T")

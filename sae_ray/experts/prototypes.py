@@ -10,6 +10,7 @@ import json
 import threading
 from collections.abc import Mapping, Sequence
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,6 +37,29 @@ CHARACTERS_PER_TOKEN = 2
 """So few that the end of a prompt fits into what the model reads, in nearly any language."""
 _DRAWN_FROM = 4096
 _SLICE = 512
+
+
+@dataclasses.dataclass(frozen=True)
+class ReadToken:
+    """A token of a request, as the router reads it."""
+
+    text: str
+    """Empty where an earlier token shows the character that both are parts of."""
+    activations: dict[int, float]
+    """Of the latents asked for, those that are on."""
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """Return it for JSON."""
+        return {"text": self.text, "activations": {str(n): z for n, z in self.activations.items()}}
+
+
+def tokens_of(trace: Trace, latents: Sequence[int]) -> list[ReadToken]:
+    """Return the tokens of a trace, each with those of its latents that are on there."""
+    return [
+        ReadToken(text, {latents[i]: float(values[i]) for i in values.nonzero()[0]})
+        for text, values in zip(trace.texts, trace.latents, strict=True)
+    ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,16 +90,19 @@ class Eyes:
 
         Of a long prompt the end is read, where it says what is to be done.
         """
-        longest = CHARACTERS_PER_TOKEN * self.scorer.max_tokens
-        ends = [one[-longest:] for one in prompts]
-        asked = [Conversation("", [{"role": "user", "content": one}]) for one in ends]
+        asked = [self.asked(one) for one in prompts]
         with self._reading:
             return _strongest(self.scorer(asked, range(len(asked))).block)
 
     def trace(self, prompt: str, latents: Sequence[int]) -> Trace:
         """Read a prompt as `read` does, and return these latents at each of its tokens."""
-        asked = Conversation("", [{"role": "user", "content": prompt}])
-        return self.scorer.traces([asked], np.asarray(latents, dtype=np.int64))[0]
+        with self._reading:
+            return self.scorer.traces([self.asked(prompt)], np.asarray(latents, dtype=np.int64))[0]
+
+    def asked(self, prompt: str) -> Conversation:
+        """Return what is read of a prompt, as a user's turn."""
+        end = prompt[-CHARACTERS_PER_TOKEN * self.scorer.max_tokens :]
+        return Conversation("", [{"role": "user", "content": end}])
 
 
 Turns = Sequence[Message | Mapping[str, str]]

@@ -42,7 +42,7 @@ from sae_ray.artifacts import (
     write_atomically,
 )
 from sae_ray.chat import ChatTokenizer
-from sae_ray.config import JobConfig, OutputPath
+from sae_ray.config import JobConfig
 from sae_ray.curate.scorer import ScorerConfig, check_pair
 from sae_ray.curate.sources import EMBEDDED, fingerprint, locate_model, locate_source
 from sae_ray.errors import ConfigError, ModelError
@@ -74,14 +74,12 @@ Progress = tuple[str, int, int, str]
 class ExplainSettings(JobConfig):
     """What an explanation depends on."""
 
-    expert: OutputPath
-    """Folder or URL of an expert, as jobs/finetune.py makes it."""
     lm: str | None = None
-    """Where its base lies, if the folder that the expert names has moved."""
+    """Where the base lies, if the folder that the expert or the router names has moved."""
     sae: list[str] | None = None
-    """Where the SAEs lie that the adapter sits on, in its order, if they have moved. Of lora and
-    subspace, which sit on none, the SAE to look through; without it the embedded one, if the base
-    is the embedded model."""
+    """Where the SAEs lie that the adapter sits on, in its order, or the one of the router, if they
+    have moved. Of lora and subspace, which sit on none, the SAE to look through; without it the
+    embedded one, if the base is the embedded model."""
     labels: str | None = None
     """Labels of one of these SAEs: a label file, or a file or folder of Neuronpedia's explanations;
     a path or URL. Default: labels.json in or beside each."""
@@ -100,22 +98,22 @@ class ExplainSettings(JobConfig):
 
     def identity(self) -> dict[str, JsonValue]:
         """Return what decides the result beside what it is made of."""
-        fields = set(ExplainSettings.model_fields) - {"expert", "lm", "sae", "labels"}
+        fields = set(ExplainSettings.model_fields) - {"lm", "sae", "labels"}
         return self.model_dump(mode="json", include=fields)
 
 
 class Explaining:
     """One run from an expert to its explanation."""
 
-    def __init__(self, settings: ExplainSettings, path: str) -> None:
-        """Read what the expert is.
+    def __init__(self, settings: ExplainSettings, expert: str, path: str) -> None:
+        """Read what the expert is, a folder or URL that jobs/finetune.py wrote.
 
         Raises:
             ArtifactError: there is none, or it is not finished.
             ConfigError: it has no adapter, or nothing says through which SAE to look.
         """
         self.settings, self.path = settings, path.rstrip("/")
-        root = settings.expert.rstrip("/")
+        self._root = root = expert.rstrip("/")
         self.expert: Manifest = open_artifact(root, "expert")
         place = f"{root}/card.json"
         self.card = ExpertCard.decode(read_file(place), place)
@@ -166,7 +164,7 @@ class Explaining:
         """Return where the SAE of each hook point lies: the adapter's own, or the one given."""
         given = self.settings.sae
         if self._on_latents:
-            config = f"{self.settings.expert.rstrip('/')}/{ADAPTER}/adapter_config.json"
+            config = f"{self._root}/{ADAPTER}/adapter_config.json"
             sites = json.loads(read_file(config))["sites"]
             if given is not None and len(given) != len(sites):
                 raise ConfigError(
@@ -222,7 +220,7 @@ class Explaining:
 
     def _require_same_rows(self, learnt: Learnt, data: str) -> None:
         """Refuse rows that have changed: what was trained on might be taken for held out."""
-        written = read_file(f"{self.settings.expert.rstrip('/')}/held_out.parquet")
+        written = read_file(f"{self._root}/held_out.parquet")
         table = pq.read_table(pa.BufferReader(written), columns=["id"])
         same = table["id"].to_pylist() == [row.id for row in learnt.material.held_out]
         if not same or len(learnt.material.train) != self.expert.extra["num_rows"]:
@@ -237,7 +235,7 @@ class Explaining:
         for name, record in self.card.files.items():
             file = target / name
             file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_bytes(read_checked(f"{self.settings.expert}/{ADAPTER}/{name}", record))
+            file.write_bytes(read_checked(f"{self._root}/{ADAPTER}/{name}", record))
         if self._on_latents:
             file = target / "adapter_config.json"
             config = json.loads(file.read_text())

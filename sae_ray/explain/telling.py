@@ -23,9 +23,9 @@ def why(expert: str, path: str, follow: Callable[[Iterator[Progress]], None]) ->
     Raises:
         SaeRayError: there is no such expert, or its files are not what they were.
     """
-    few = ExplainSettings(expert=expert, num_top=10, num_drawn=4, audit_rows=24, num_answers=2)
+    few = ExplainSettings(num_top=10, num_drawn=4, audit_rows=24, num_answers=2)
     try:
-        follow(Explaining(few, path).run())
+        follow(Explaining(few, expert, path).run())
     except ConfigError as error:
         yield f"   not explained: {error}"
         return

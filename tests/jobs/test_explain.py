@@ -1,5 +1,6 @@
-"""An expert explained: ranked and checked on rows apart, told in words, and refused where wrong."""
+"""An expert explained: ranked and checked on rows apart; routes; and what is wrong refused."""
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -11,8 +12,11 @@ import pytest
 from jobs import explain, finetune
 from sae_ray.artifacts import open_artifact, verify
 from sae_ray.config import run_job
+from sae_ray.experts.router import Router
 from sae_ray.explain.adapter import KIND
+from sae_ray.explain.route import KIND as ROUTE_KIND
 from tests.conftest import save_tiny_sae, write_pool
+from tests.made_router import NOBODYS, SORT, make_router
 
 SMALL = ("--num_top=2", "--num_drawn=2", "--audit_rows=6", "--num_answers=2")
 
@@ -151,5 +155,78 @@ def test_what_is_no_expert_is_refused_in_one_line(
 ) -> None:
     assert run(f"--expert={tmp_path / 'none'}", f"--out={tmp_path / 'out'}") == 2
     error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def router(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("routing") / "router"
+    make_router(str(place))
+    return place
+
+
+def test_routes_are_explained_as_the_router_decides_them(
+    router: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, prompts = tmp_path / "why", [f"{SORT} <script>alert(1)</script>", NOBODYS]
+    line = [f"--router={router}", f"--prompt={json.dumps(prompts)}"]
+    assert run(*line, f"--out={out}") == 0
+    assert "2 prompts: 1 sent to experts, 1 answered by the base." in capsys.readouterr().out
+    verify(str(out))
+    told = json.loads((out / "route.json").read_text())
+    loaded = Router.load(str(router))
+    for prompt, one in zip(prompts, told["routes"], strict=True):
+        route = loaded.route([{"role": "user", "content": prompt}])
+        assert one["prompt"] == prompt
+        assert [expert["id"] for expert in one["experts"]] == list(route.expert_ids)
+        assert one["reasons"] == [dataclasses.asdict(reason) for reason in route.reasons]
+        assert one["base_probability"] == route.scores["base"]
+    page = (out / "report.html").read_text()
+    assert "<script" not in page
+    assert "Sent to order</h2>" in page
+    assert "The base answers</h2>" in page
+    # The same does nothing; another is refused; one prompt keeps its commas.
+    before = open_artifact(str(out), ROUTE_KIND).created
+    assert run(*line, f"--out={out}") == 0
+    assert open_artifact(str(out), ROUTE_KIND).created == before
+    capsys.readouterr()
+    assert run(*line, "--top_k=2", f"--out={out}") == 2
+    assert "of another run (top_k: 1 there, 2 here)" in capsys.readouterr().err
+    assert run(f"--router={router}", f"--prompt={SORT}", f"--out={tmp_path / 'one'}") == 0
+    (one,) = json.loads((tmp_path / "one" / "route.json").read_text())["routes"]
+    assert one["prompt"] == SORT
+    changed = shutil.copytree(router, tmp_path / "changed")
+    about = changed / "router.json"
+    about.write_text(about.read_text().replace("id-order", "id-other"))
+    capsys.readouterr()
+    assert run(f"--router={changed}", "--prompt=a", f"--out={tmp_path / 'no'}") == 2
+    assert "not what its manifest says (changed router.json)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "neither is given: give either --expert"),
+        (["--expert=a", "--router=ROUTER"], "both are given: give either --expert"),
+        (["--expert=a", "--prompt=b"], "--prompt given without --router"),
+        (["--router=ROUTER", "--prompt=a", "--num_top=3"], "--num_top given without --expert"),
+        (["--router=ROUTER"], "no prompt to route"),
+        (["--router=ROUTER", '--prompt=["a", " "]'], "prompt 2 of 2 is blank"),
+        (["--router=ROUTER", "--prompt=a", "--sae=b,c"], "--sae names 2, and a router has one"),
+        (["--router=ROUTER", "--prompt=a", "--top_k=9"], "top_k=9 but the router knows 2 experts"),
+        (["--router=ROUTER", "--prompt=a", "--lm=NONE"], "NONE"),
+        (["--router=NONE", "--prompt=a"], "holds no manifest.json"),
+    ],
+)
+def test_what_cannot_be_explained_is_refused_in_one_line(
+    router: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], said: str
+) -> None:
+    places = {"ROUTER": str(router), "NONE": str(tmp_path / "none")}
+    for name, place in places.items():
+        words, said = [one.replace(name, place) for one in words], said.replace(name, place)
+    assert run(*words, f"--out={tmp_path / 'out'}") == 2
+    error = capsys.readouterr().err
+    assert said in error
     assert error.count("\n") == 1
     assert not (tmp_path / "out").exists()

@@ -61,6 +61,26 @@ def test_lists_are_commas_json_or_repeated_flags_and_their_items_stay_text(argv)
     assert Config.parse(["--flour", "rye", *argv]).seeds == ["sesame", 'it"s', "null", "12"]
 
 
+class Asked(JobConfig):
+    """What may be one text or several."""
+
+    prompt: str | list[str] = []
+    """One, or several."""
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["--prompt", "Sort 9, 2, 5"], ["Sort 9, 2, 5"]),
+        (["--prompt", "a, b", "--prompt", '["c, d", 7]'], ["a, b", "c, d", "7"]),
+    ],
+)
+def test_what_may_be_one_text_keeps_its_commas(argv, expected):
+    assert Asked.parse(argv).prompt == expected
+    with pytest.raises(ConfigError, match='write it as \\["a", "b"\\]'):
+        Asked.parse(["--prompt", "[INST] a"])
+
+
 def test_a_list_reads_the_same_from_the_environment_and_from_yaml(tmp_path, monkeypatch):
     path = write_yaml(tmp_path, "flour: rye\nseeds: [a, 12]\n")
     assert Config.parse(["--config", path]).seeds == ["a", "12"]

@@ -10,10 +10,11 @@ from starlette.testclient import TestClient
 
 from sae_ray.adapters.attach import AdapterSpec
 from sae_ray.chat import Message
+from sae_ray.experts.prototypes import ReadToken
 from sae_ray.experts.registry import ExpertRegistry
 from sae_ray.experts.router import Reason, Route
 from serve.deployments import EngineReplica, RouterReplica
-from serve.gateway import Backends, Gateway, ReadToken
+from serve.gateway import Backends, Gateway
 from serve.keys import Keys
 from serve.meters import Meters
 from serve.routes import HttpLimits, Ingress, create_app

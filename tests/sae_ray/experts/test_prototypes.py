@@ -1,5 +1,6 @@
 import json
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -71,6 +72,23 @@ def test_of_a_long_prompt_the_end_is_read(eyes: Eyes) -> None:
     question = "Put these numbers in order: 3, 1, 2. " * 200
     block = eyes.read(["Once upon a time. " * 2000 + question, question])
     np.testing.assert_array_equal(block.hidden[0, 0], block.hidden[1, 0])
+    # And of the end it is told where latents are on.
+    latents = block.latents[:3].tolist()
+    traces = [
+        eyes.trace(one, latents) for one in ("Once upon a time. " * 2000 + question, question)
+    ]
+    assert traces[0].texts == traces[1].texts
+    np.testing.assert_array_equal(traces[0].latents, traces[1].latents)
+
+
+def test_no_trace_runs_while_a_prompt_is_read(eyes: Eyes) -> None:
+    # Hooks on the one model would show each of them what the other reads.
+    with ThreadPoolExecutor(1) as threads:
+        with eyes._reading:
+            traced = threads.submit(eyes.trace, "Put these in order", [7])
+            with pytest.raises(TimeoutError):
+                traced.result(timeout=0.5)
+        assert traced.result(timeout=60).texts
 
 
 def test_prototypes_come_back_from_a_file_or_are_read_from_the_data_now(
