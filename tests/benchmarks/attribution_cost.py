@@ -11,11 +11,10 @@ twice the rows take none.
 """
 
 import argparse
-import itertools
 import json
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +37,7 @@ from sae_ray.explain.dial import Dial, units_of
 NUM_BATCHES = 32
 """As many as an attribution reads rows in at least."""
 LENGTH = 64
-WIDTHS, TOKENS = (1024, 8192), (512, 1024)
+WIDTHS, TOKENS = (1024, 8192), (256, 512)
 L1S = {"few latents": 0.01, "many latents": 0.0005}
 
 
@@ -102,6 +101,7 @@ def timing(options: argparse.Namespace, part: Part) -> None:
             seconds["attribution"].append(time.perf_counter() - started)
             cpu_s["attribution"].append(time.process_time() - cpu)
             log(f"{name}: " + ", ".join(f"{k} {v[-1]:.2f} s" for k, v in seconds.items()))
+            log(f"{name}: {found.num_points} points, gap {found.gap:.1%}")
         assert found is not None
         ratios, by_cpu = (
             [a / b for a, b in zip(one["attribution"], one["training"], strict=True)]
@@ -146,8 +146,8 @@ def save_sae(folder: Path, d_sae: int) -> str:
     return str(folder)
 
 
-def peak_of(settings: dict) -> dict:
-    """Take slopes on rows of equal length; return what this process held at most beyond before."""
+def prepare(settings: dict) -> Callable[[dict], dict]:
+    """Make an adapter on a SAE; on request, take slopes and say what was held beyond before."""
     torch.set_num_threads(1)
     model = Learner(0.0, settings["sae"]).model
     generator = torch.Generator().manual_seed(0)
@@ -156,20 +156,22 @@ def peak_of(settings: dict) -> dict:
             if parameter.requires_grad:
                 parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
     rng, learnt = np.random.default_rng(0), np.arange(LENGTH) > 0
-    rows = [
-        Example(f"row-{i}", rng.integers(10, 500, LENGTH).astype(np.int32), learnt)
-        for i in range(settings["rows"])
-    ]
-    dial = Dial(model, 0, batch_tokens=settings["tokens"])
-    units = units_of(rows)
-    screen(dial, units[:NUM_BATCHES])  # what is loaded once is loaded
-    # The greatest size so far is forgotten: that of loading, and of the process that forked.
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _held("VmRSS")
-    screen(dial, units)  # one point of the path: they come one after the other
-    batches = list(dial.batches(units, NUM_BATCHES))
-    assert max(map(len, batches)) * LENGTH == settings["tokens"]
-    return {"mib": (_held("VmHWM") - before) / 2**20}
+
+    def repeat(request: dict) -> dict:
+        rows = [
+            Example(f"row-{i}", rng.integers(10, 500, LENGTH).astype(np.int32), learnt)
+            for i in range(request["rows"])
+        ]
+        units, dial = units_of(rows), Dial(model, 0, batch_tokens=request["tokens"])
+        screen(dial, units[:1])  # what is loaded once is loaded
+        # The greatest size so far is forgotten: that of loading, and of the process that forked.
+        Path("/proc/self/clear_refs").write_text("5")
+        before = _held("VmRSS")
+        screen(dial, units)  # one point of the path: they come one after the other
+        assert max(map(len, dial.batches(units, NUM_BATCHES))) * LENGTH == request["tokens"]
+        return {"mib": (_held("VmHWM") - before) / 2**20}
+
+    return repeat
 
 
 def _held(what: str) -> int:
@@ -183,18 +185,14 @@ def memory(part: Part) -> None:
     grown: dict[tuple[int, int, int], float] = {}
     with tempfile.TemporaryDirectory(prefix="sae-ray-") as folder:
         saes = {width: save_sae(Path(folder) / str(width), width) for width in WIDTHS}
-        asked = [(width, tokens, 1) for width, tokens in itertools.product(WIDTHS, TOKENS)]
-        for width, tokens, times in [*asked, (WIDTHS[1], TOKENS[0], 2)]:
-            rows = times * NUM_BATCHES * tokens // LENGTH
-            given = {"sae": saes[width], "tokens": tokens, "rows": rows}
-            child = Child(__file__, given, settings)
-            child.send({})
-            grown[width, tokens, times] = child.receive()["mib"]
+        for width, sae in saes.items():
+            child = Child(__file__, {"sae": sae}, settings)
+            for tokens, times in ((TOKENS[0], 1), (TOKENS[1], 1), (TOKENS[0], 2)):
+                rows = times * NUM_BATCHES * tokens // LENGTH
+                child.send({"tokens": tokens, "rows": rows})
+                held = grown[width, tokens, times] = child.receive()["mib"]
+                log(f"d_sae {width}, batches of {tokens} tokens, {rows} rows: {held:.1f} MiB")
             child.close()
-            log(
-                f"d_sae {width}, batches of {tokens} tokens, {rows} rows: "
-                f"{grown[width, tokens, times]:.0f} MiB"
-            )
     narrow, wide = (grown[width, TOKENS[0], 1] for width in WIDTHS)
     longer = [grown[width, TOKENS[1], 1] for width in WIDTHS]
     cells = (WIDTHS[1] - WIDTHS[0]) * (TOKENS[1] - TOKENS[0])
@@ -222,18 +220,21 @@ def main() -> None:
     parser.add_argument("--passes", type=int, default=3, help="of training before it")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--only", choices=("time", "memory"))
     parser.add_argument("--out", default="attribution_cost.json")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     part = Part("attribution_cost")
-    timing(options, part)
-    memory(part)
+    if options.only != "memory":
+        timing(options, part)
+    if options.only != "time":
+        memory(part)
     part.write(options.out)
 
 
 if __name__ == "__main__":
     if settings := child_settings():
-        answer(lambda _: peak_of(settings))
+        answer(prepare(settings))
     else:
         main()
