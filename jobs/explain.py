@@ -5,6 +5,7 @@ import sys
 
 from sae_ray.artifacts import open_artifact
 from sae_ray.config import OutputPath, run_job
+from sae_ray.distributed.dials import dials_over
 from sae_ray.distributed.progress import follow
 from sae_ray.explain.adapter import KIND, Explaining, ExplainSettings
 
@@ -26,7 +27,7 @@ class Config(ExplainSettings):
 
 def main(config: Config) -> None:
     """Explain the expert and say what came of it."""
-    follow(Explaining(config, config.out).run())
+    follow(Explaining(config, config.out, dials_over).run())
     manifest = open_artifact(config.out, KIND)
     for warning in manifest.warnings:
         print(f"warning: {warning}")
