@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import ray
@@ -63,7 +64,7 @@ def dials_over(tuned: Tuned, num_workers: int) -> Iterator[Spread]:
             runtime_env={"env_vars": WORKER_ENV},
         )(DialWorker)
         held = ray.put(tuned)
-        actors = [kind.remote(held, workers.num_cpus) for _ in range(num_workers)]
+        actors: list[Any] = [kind.remote(held, workers.num_cpus) for _ in range(num_workers)]
         pool = ActorPool(actors)
         try:
             yield lambda pieces: _answers(pool, pieces)
@@ -74,7 +75,9 @@ def dials_over(tuned: Tuned, num_workers: int) -> Iterator[Spread]:
 
 def _answers(pool: ActorPool, pieces: Sequence[Piece]) -> list[np.ndarray]:
     try:
-        found = list(pool.map(lambda actor, piece: actor.answer.remote(piece), pieces))
+        found: list[Any] = list(
+            pool.map(lambda actor, piece: actor.answer.remote(piece), list(pieces))
+        )
     except RayError as error:
         raise WorkError(
             f"the cluster failed while latents were turned off and on: "

@@ -23,7 +23,7 @@ def tuned(tiny_lm, whole, sae_at, tmp_path: Path) -> Tuned:
     with torch.no_grad():
         edit_of(model).steering.normal_(0, 0.2)
     folder = tmp_path / "adapter"
-    model.save_pretrained(folder)
+    model.save_pretrained(str(folder))
     return Tuned(str(tiny_lm), {one.name: one.read_bytes() for one in folder.iterdir()}, (sae,), 0)
 
 

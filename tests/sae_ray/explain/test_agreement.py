@@ -26,7 +26,7 @@ def contender(tiny_lm, whole, tmp_path: Path):
         with torch.no_grad():
             edit_of(model).steering.copy_(0.2 * torch.randn(64, generator=generator))
         folder = tmp_path / f"{name}-expert" / "adapter"
-        model.save_pretrained(folder)
+        model.save_pretrained(str(folder))
         (folder / "README.md").unlink(missing_ok=True)
         card = ExpertCard(
             name=name, description="", adapter="steering", objective="sft", base=str(tiny_lm),
