@@ -28,11 +28,12 @@ QUICK = {
     "serving": "--requests 4 --experts 2 --answer_tokens 8 --rounds 1",
     "serving_load": "--seconds 5 --probe_seconds 5",
     "planted_latents": "--runs 2 --controls 1",
+    "attribution_cost": "--rows 40 --rounds 1",
     "search": "--rows 60 --epochs 1 --trials 2 --grid 2",
 }
-ENDS = dict(curate=(0, 6), train_sae=(6, 8), finetune=(8, 10), serve=(10, 13), explain=(13, 15))
+ENDS = dict(curate=(0, 6), train_sae=(6, 8), finetune=(8, 10), serve=(10, 13), explain=(13, 16))
 SUITES = {suite: [*QUICK][slice(*ends)] for suite, ends in ENDS.items()}
-TAKES = dict(fast_claim="pool lm", serving="lm", serving_load="lm", planted_latents="", search="")
+TAKES = dict(fast_claim="pool lm", serving="lm", serving_load="lm")
 
 
 class Config(JobConfig):
@@ -60,13 +61,12 @@ def main(config: Config) -> int:
     out, failed, table = Path(config.out), 0, Table("part", "figure", "value", "target", "")
     for part in config.parts:
         command = [sys.executable, f"{BENCHMARKS}/{part}.py", f"--out={out}/{part}.json"]
-        takes = TAKES.get(part, "pool lm sae").split()
+        takes = TAKES.get(part, "pool lm sae" * (part not in SUITES["explain"])).split()
         command += [f"--{one}={given}" for one in takes if (given := getattr(config, one))]
         command += [f"--work={out}/work"] * (part in ("memory", "retarget", "quality"))
         command += QUICK[part].split() * config.quick
         failed += subprocess.run(command, check=False).returncode != 0
-    there = [path for part in QUICK if (path := out / f"{part}.json").exists()]
-    results = {path.stem: json.loads(path.read_text()) for path in there}
+    results = {p: json.loads(f.read_text()) for p in QUICK if (f := out / f"{p}.json").exists()}
     for part, row in ((part, row) for part, one in results.items() for row in one["rows"]):
         table.add_row(part, *row)
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")

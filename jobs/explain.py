@@ -7,6 +7,7 @@ from pydantic import Field
 
 from sae_ray.artifacts import open_artifact
 from sae_ray.config import OutputPath, run_job
+from sae_ray.distributed.dials import dials_over
 from sae_ray.distributed.progress import follow
 from sae_ray.errors import ConfigError
 from sae_ray.explain import route
@@ -46,7 +47,7 @@ def main(config: Config) -> None:
     """Explain the expert or the routes, and say what came of it."""
     if config.expert is not None and config.router is None:
         refuse(config, OF_ROUTES, "--router")
-        follow(Explaining(config, config.expert, config.out).run())
+        follow(Explaining(config, config.expert, config.out, dials_over).run())
         print(*told(config.out), sep="\n")
     elif config.router is not None and config.expert is None:
         refuse(config, OF_EXPERTS, "--expert")

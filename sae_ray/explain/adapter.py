@@ -11,24 +11,22 @@ checked on the other. Any other adapter changes weights: of it, what the latents
 is told, and no latent is said to be the cause.
 """
 
-import contextlib
+import dataclasses
 import hashlib
 import io
 import json
 import tempfile
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from pathlib import Path
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 from peft import PeftModel
 from pydantic import Field, JsonValue
 
 from sae_ray.adapters.edits import LATENT_KINDS
 from sae_ray.adapters.examples import Example, PairExample
-from sae_ray.adapters.loading import adapted, load_causal
 from sae_ray.adapters.material import Learnt, read_learnt, rows_path
 from sae_ray.adapters.settings import FinetuneSettings
 from sae_ray.artifacts import (
@@ -47,12 +45,13 @@ from sae_ray.curate.scorer import ScorerConfig, check_pair
 from sae_ray.curate.sources import EMBEDDED, fingerprint, locate_model, locate_source
 from sae_ray.errors import ConfigError, ModelError
 from sae_ray.experts.card import ADAPTER, ExpertCard
-from sae_ray.experts.files import read_checked
 from sae_ray.explain.adapter_page import AdapterPage, Answered, Pushed, Ranked, render
+from sae_ray.explain.agreement import Contender, agreed, require_alike, unseen_by
 from sae_ray.explain.attribution import Attribution, attribute, pushes
-from sae_ray.explain.dial import Dial, units_of
+from sae_ray.explain.dial import Dial, Spread, units_of
 from sae_ray.explain.drift import drift
 from sae_ray.explain.gains import gained, greedy
+from sae_ray.explain.tuned import Spreading, Tuned
 from sae_ray.explain.verification import Verification, verify
 from sae_ray.lm import HookPoint
 from sae_ray.sae.labels import labels_of, read_labels
@@ -65,10 +64,11 @@ _MIN_ROWS = 20
 """Held-out rows, of which half rank and half check."""
 _NUM_PUSHED, _ROWS_EACH = 5, 3
 _SMALL = 10_000_000
-"""Parameters below which sharing out the products of a few rows costs more than it gives: where
-others use the cores too, ranking with the embedded model takes fifty times as long on two."""
+"""Parameters below which a second thread costs more than it gives, where cores are shared."""
 
 Progress = tuple[str, int, int, str]
+Names = Mapping[str, Mapping[int, str]]
+"""What latents are called, by hook point and number."""
 
 
 class ExplainSettings(JobConfig):
@@ -95,24 +95,43 @@ class ExplainSettings(JobConfig):
     """Held-out prompts that are answered before and after."""
     seed: int = 0
     """Of what is drawn."""
+    others: list[str] = []
+    """Experts trained as this one with other seeds: on held-out rows that none of them was trained
+    on, it is told how alike they rank latents."""
+    num_workers: int = Field(default=0, ge=0)
+    """Ray workers that turn latents off and on, each with its own model; 0: this process alone.
+    Their number does not change the result; of lora and subspace they do nothing."""
 
     def identity(self) -> dict[str, JsonValue]:
         """Return what decides the result beside what it is made of."""
-        fields = set(ExplainSettings.model_fields) - {"lm", "sae", "labels"}
+        fields = set(ExplainSettings.model_fields) - {"lm", "sae", "labels", "num_workers"}
         return self.model_dump(mode="json", include=fields)
 
 
 class Explaining:
     """One run from an expert to its explanation."""
 
-    def __init__(self, settings: ExplainSettings, expert: str, path: str) -> None:
-        """Read what the expert is, a folder or URL that jobs/finetune.py wrote.
+    def __init__(
+        self,
+        settings: ExplainSettings,
+        expert: str,
+        path: str,
+        spreading: Spreading | None = None,
+    ) -> None:
+        """Read what the expert is.
+
+        Args:
+            settings: what the explanation depends on.
+            expert: folder or URL of it, as jobs/finetune.py writes one.
+            path: folder or URL of the explanation.
+            spreading: how workers are let in, if settings want any.
 
         Raises:
             ArtifactError: there is none, or it is not finished.
             ConfigError: it has no adapter, or nothing says through which SAE to look.
         """
         self.settings, self.path = settings, path.rstrip("/")
+        self._spreading = spreading
         self._root = root = expert.rstrip("/")
         self.expert: Manifest = open_artifact(root, "expert")
         place = f"{root}/card.json"
@@ -127,6 +146,11 @@ class Explaining:
         self._on_latents = self.card.adapter in LATENT_KINDS
         self._saes = self._sites()
         """Where the SAE lies that is looked through, by hook point."""
+        alone = settings.model_copy(update={"others": []})
+        self.others = [Explaining(alone, one, path) for one in settings.others]
+        for one in self.others:
+            both = (root, one._root)
+            require_alike(both, (self.card, one.card), (self._saes, one._saes))
 
     def run(self) -> Iterator[Progress]:
         """Do what is not done, and say how far it is; a finished folder is left alone.
@@ -139,6 +163,7 @@ class Explaining:
         parents = {"expert": self.expert.content_hash, "lm": fingerprint("lm", self.lm)}
         parents |= {f"sae {point}": fingerprint("sae", sae) for point, sae in self._saes.items()}
         parents["labels"] = hashlib.sha256(told.encode()).hexdigest()
+        parents |= {f"other {n}": one.expert.content_hash for n, one in enumerate(self.others)}
         asked = self.settings.identity()
         if inspect(self.path, KIND, asked, parents) is State.FINISHED:
             return
@@ -151,13 +176,21 @@ class Explaining:
         with tempfile.TemporaryDirectory(prefix="sae-ray-") as folder:
             yield "reading", 0, 1, ""
             learnt = self._learnt(folder)
-            model = adapted(load_causal(self.lm, "float32"), None, self._fetched(Path(folder)))
-            assert isinstance(model, PeftModel)
-            model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+            every = [self._contender(folder, learnt)]
+            every += [one._contender(folder) for one in self.others]
+            common = unseen_by(every, learnt.material.held_out) if self.others else []
+            tuned = every[0].tuned
+            model = tuned.load()
             begin(self.path, KIND, asked, parents)
-            is_small = sum(one.numel() for one in model.parameters()) < _SMALL
-            with one_thread() if is_small else contextlib.nullcontext():
-                page = yield from self._explained(model, learnt, labels)
+            with ExitStack() as stack:
+                spread = stack.enter_context(self._workers(tuned))
+                if sum(one.numel() for one in model.parameters()) < _SMALL:
+                    stack.enter_context(one_thread())
+                page = yield from self._explained(model, tuned.pad, spread, learnt, labels)
+                if self.others:
+                    rows, num_top = common[: self.settings.num_rows], self.settings.num_top
+                    agreements = yield from agreed(every, rows, num_top, self._workers)
+                    page = dataclasses.replace(page, agreements=agreements)
         self._write(page, [warning for one in labels.values() for warning in one.warnings])
 
     def _sites(self) -> dict[str, str]:
@@ -229,28 +262,22 @@ class Explaining:
                 "out: put them back, or train it again"
             )
 
-    def _fetched(self, folder: Path) -> Path:
-        """Copy the adapter, each file held against the card's SHA-256, its SAEs where they lie."""
-        target = folder / ADAPTER
-        for name, record in self.card.files.items():
-            file = target / name
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_bytes(read_checked(f"{self._root}/{ADAPTER}/{name}", record))
-        if self._on_latents:
-            file = target / "adapter_config.json"
-            config = json.loads(file.read_text())
-            for site in config["sites"]:
-                site["sae"] = self._saes[site["hook_point"]]
-            file.write_text(json.dumps(config))
-        return target
+    def _contender(self, staging: str, learnt: Learnt | None = None) -> Contender:
+        """Return this expert as one whose latents are ranked."""
+        tuned = Tuned.of(self._root, self.card, self.lm, self._saes)
+        rows = (learnt or self._learnt(staging)).material.train
+        return Contender(self._root, self.card, tuned, rows)
+
+    def _workers(self, tuned: Tuned) -> AbstractContextManager[Spread | None]:
+        if self._spreading is None or not self.settings.num_workers or not self._on_latents:
+            return nullcontext()
+        return self._spreading(tuned, self.settings.num_workers)
 
     def _explained(
-        self, model: PeftModel, learnt: Learnt, labels: Mapping[str, Mapping[int, str]]
+        self, model: PeftModel, pad: int, spread: Spread | None, learnt: Learnt, labels: Names
     ) -> Generator[Progress, None, AdapterPage]:
         settings = self.settings
         tokenizer = ChatTokenizer.load(self.lm)
-        pad = tokenizer.tokenizer.pad_token_id
-        pad = pad if isinstance(pad, int) else 0
         rng = np.random.default_rng(settings.seed)
         # The first of each two rows have chosen the step that was kept: they rank.
         held = learnt.material.held_out
@@ -271,7 +298,7 @@ class Explaining:
         pushed: list[Pushed] = []
         ranked: list[Ranked] = []
         if self._on_latents:
-            dial = Dial(model, pad)
+            dial = Dial(model, pad, spread=spread)
             places = [(str(site.point), int(i)) for site in dial.sites for i in site.latents]
             yield "ranking latents", 0, 1, f"on {len(ranking)} held-out rows"
             found = attribute(dial, units_of(ranking))  # pyright: ignore[reportArgumentType]

@@ -9,6 +9,7 @@ from jaxtyping import Bool
 from markupsafe import Markup
 
 from sae_ray.experts.card import ExpertCard
+from sae_ray.explain.agreement import Agreement
 from sae_ray.explain.attribution import MAX_GAP, Attribution
 from sae_ray.explain.drift import TRUE_FROM, Drift
 from sae_ray.explain.filled import fill
@@ -117,6 +118,8 @@ class AdapterPage:
     answered: Sequence[Answered]
     num_ranking: int
     num_checking: int
+    agreements: Sequence[Agreement] = ()
+    """Of every pair, where experts of other seeds are named."""
 
     @property
     def verified(self) -> list[Ranked]:
@@ -276,6 +279,7 @@ class AdapterPage:
                 for one in self.ranked
             ],
             "pushed_by": [dataclasses.asdict(one) for one in self.pushed],
+            "agreements": [dataclasses.asdict(one) for one in self.agreements],
             "drift": {
                 point: {
                     "num_tokens": one.num_tokens,

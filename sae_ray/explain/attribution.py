@@ -16,10 +16,9 @@ import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 from jaxtyping import Bool, Float, Int64
 
-from sae_ray.explain.dial import Dial, Dials, Unit
+from sae_ray.explain.dial import Dial, Dials, Piece, Unit
 
 MAX_GAP = 0.05
 """Of the whole effect: beyond this more points are taken, and then it is told."""
@@ -97,10 +96,8 @@ def pushes(dial: Dial, units: Sequence[Unit]) -> Float[np.ndarray, "units latent
 
     Of rows that were trained on, it says which of them asked for a latent, without training again.
     """
-    pushed = np.zeros((len(units), dial.num_latents), dtype=np.float32)
-    for number, unit in enumerate(units):
-        pushed[number] = screen(dial, [unit])
-    return pushed
+    pieces = [Piece((unit,), points=(0.0,)) for unit in units]
+    return np.stack(dial.ask(pieces)).astype(np.float32)
 
 
 def overlap(one: Attribution, other: Attribution, num: int = 50) -> float:
@@ -118,16 +115,11 @@ def _slopes(
     dial: Dial, units: Sequence[Unit], points: Sequence[float]
 ) -> Float[np.ndarray, "batches latents"]:
     """Return the slope in each dial, a row for each batch, summed over points of the path."""
-    rows = []
-    for batch in dial.batches(units, _NUM_BATCHES):
-        mine = [units[i] for i in batch]
-        total = torch.zeros(dial.num_latents, dtype=torch.float64)
-        for point in points:
-            dials = torch.full((dial.num_latents,), point, device=dial.device, requires_grad=True)
-            (slope,) = torch.autograd.grad(dial.look(mine, dials).sum(), dials)
-            total += slope.double().cpu()
-        rows.append(total.numpy())
-    return np.stack(rows)
+    # Batches are those of all units, so that it does not matter how many processes answer.
+    batches = dial.batches(units, _NUM_BATCHES)
+    path = tuple(points)
+    pieces = [Piece(tuple(units[i] for i in batch), points=path) for batch in batches]
+    return np.stack(dial.ask(pieces))
 
 
 def _chance(by_batch: Float[np.ndarray, "batches latents"], spread: Dials) -> float:

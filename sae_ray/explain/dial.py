@@ -12,7 +12,7 @@ the margin by which the chosen reply is the likelier.
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -58,6 +58,21 @@ class Unit:
     """Of each row's log probability in what is looked at."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """A batch of units and what is asked of it, which any process with the same model answers."""
+
+    units: tuple[Unit, ...]
+    dials: Dials | None = None
+    """Where what is looked at is asked for, or None where slopes are."""
+    points: tuple[float, ...] = ()
+    """Of the path, over which slopes are summed."""
+
+
+Spread = Callable[[Sequence[Piece]], Iterable[np.ndarray]]
+"""Has pieces answered by others, and returns what they come to, in order."""
+
+
 def units_of(rows: Sequence[Example] | Sequence[PairExample]) -> list[Unit]:
     """Return held-out rows as units: log probabilities of replies, or margins of pairs."""
     return [
@@ -72,7 +87,13 @@ class Dial:
     """A tuned model that can be turned down, latent by latent."""
 
     def __init__(
-        self, model: PeftModel, pad: int, *, adapter: str = "default", batch_tokens: int = 2048
+        self,
+        model: PeftModel,
+        pad: int,
+        *,
+        adapter: str = "default",
+        batch_tokens: int = 2048,
+        spread: Spread | None = None,
     ) -> None:
         """Find the edits.
 
@@ -81,6 +102,7 @@ class Dial:
             pad: token that fills up batches.
             adapter: its name.
             batch_tokens: tokens of a forward, padding included.
+            spread: has pieces answered by other processes; by this one unless given.
 
         Raises:
             ModelError: the adapter does not edit latents.
@@ -93,6 +115,7 @@ class Dial:
                 "steering, scale, affine or residual, or look at how latents drift under it"
             )
         self.model, self._pad, self._batch_tokens = model.eval(), pad, batch_tokens
+        self._spread = spread
         self._with_labels = acts_on_answers(model)
         self.sites = list(_sites(model, config, adapter))
         self._edits = [model.get_submodule(site.path) for site in self.sites]
@@ -153,14 +176,32 @@ class Dial:
         sums = torch.zeros(len(rows), device=self.device).index_add(0, row, -nats)
         return (sums * signs).reshape(len(units), -1).sum(1)
 
-    @torch.no_grad()
     def looks(self, units: Sequence[Unit], dials: Dials) -> Float[np.ndarray, " units"]:
         """Return what is looked at of each of many units, in nats."""
-        turned = torch.as_tensor(dials, dtype=torch.float32, device=self.device)
-        found = np.zeros(len(units))
-        for batch in self.batches(units):
-            found[batch] = self.look([units[i] for i in batch], turned).double().cpu().numpy()
+        found, batches = np.zeros(len(units)), list(self.batches(units))
+        pieces = [Piece(tuple(units[i] for i in batch), dials) for batch in batches]
+        for batch, nats in zip(batches, self.ask(pieces), strict=True):
+            found[batch] = nats
         return found
+
+    def ask(self, pieces: Sequence[Piece]) -> list[np.ndarray]:
+        """Have pieces answered, here or by other processes; in order."""
+        return list(self._spread(pieces) if self._spread else map(self.answer, pieces))
+
+    def answer(self, piece: Piece) -> Float[np.ndarray, " units"] | Float[np.ndarray, " latents"]:
+        """Return what is looked at of each unit of a piece, or the slope in each dial, summed over
+        its units and points."""
+        units = list(piece.units)
+        if piece.dials is not None:
+            turned = torch.as_tensor(piece.dials, dtype=torch.float32, device=self.device)
+            with torch.no_grad():
+                return self.look(units, turned).double().cpu().numpy()
+        total = torch.zeros(self.num_latents, dtype=torch.float64)
+        for point in piece.points:
+            dials = torch.full((self.num_latents,), point, device=self.device, requires_grad=True)
+            (slope,) = torch.autograd.grad(self.look(units, dials).sum(), dials)
+            total += slope.double().cpu()
+        return total.numpy()
 
     def _turned(self, dials: Tensor) -> dict[str, Tensor]:
         turned: dict[str, Tensor] = {}

@@ -36,11 +36,17 @@ def made(
         row["messages"][-1]["content"] += " <script>alert(1)</script>"
     pool = folder / "pool.jsonl"
     pool.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    lm, sae = tiny_lm_of("llama"), save_tiny_sae(folder / "sae")
+    sae = save_tiny_sae(folder / "sae")
 
-    def make(adapter: str) -> Path:
-        out = folder / adapter
-        line = [f"--lm={lm}", f"--data={pool}", f"--adapter={adapter}", "--general_rows=0"]
+    def make(adapter: str, family: str = "llama", seed: int = 0) -> Path:
+        out = folder / (adapter if family == "llama" and not seed else f"{adapter}-{family}-{seed}")
+        line = [
+            f"--lm={tiny_lm_of(family)}",
+            f"--seed={seed}",
+            f"--data={pool}",
+            f"--adapter={adapter}",
+            "--general_rows=0",
+        ]
         line += [f"--sae={sae}"] if adapter == "steering" else []
         line += ["--num_workers=0", "--max_steps=12", "--max_tokens=256", f"--out={out}"]
         assert run_job(finetune.main, finetune.Config, line) == 0
@@ -148,6 +154,52 @@ def test_of_an_adapter_of_weights_drift_is_told_and_no_cause(
     assert 0 <= found["share_true"] <= 1
     assert len(found["most"]) == 10
     assert any(before != after for *_, before, after in found["most"])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_an_expert_agrees_with_itself_and_is_compared_with_its_like_alone(
+    made: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expert, out = made("steering"), tmp_path / "why"
+    for other, why in {
+        made("steering", "mistral"): "has another base",
+        made("lora"): "has another kind of adapter",
+        made("steering", seed=1): "that are to be compared on",
+    }.items():
+        capsys.readouterr()
+        assert run(f"--expert={expert}", f"--others={other}", f"--out={out}", *SMALL) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert why in error
+        assert str(other) in error
+        assert not out.exists()
+    assert run(f"--expert={expert}", f"--others={expert}", f"--out={out}", *SMALL) == 0
+    (found,) = json.loads((out / "explanation.json").read_text())["agreements"]
+    assert (found["overlap"], found["num_rows"], found["num_top"]) == (1, 24, 2)
+    assert found["rank_correlation"] == pytest.approx(1)
+    assert found["expected"] == 2 / 64
+    page = (out / "report.html").read_text()
+    assert "Whether other seeds agree" in page
+    assert found["one"] in page
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_workers_give_the_explanation_of_one_process(
+    ray_cluster: None, made: Callable[..., Path], tmp_path: Path
+) -> None:
+    told = []
+    for num in (0, 2):
+        out = tmp_path / str(num)
+        line = [f"--expert={made('steering')}", f"--num_workers={num}", f"--out={out}"]
+        assert run(*line, "--num_top=1", "--num_drawn=1", "--num_answers=0") == 0
+        told.append(pq.read_table(out / "latents.parquet").to_pylist())
+    for one, other in zip(*told, strict=True):
+        assert one["score_nats"] == pytest.approx(other["score_nats"], rel=1e-5, abs=1e-7)
+        assert (one["left_out_nats"] is None) == (other["left_out_nats"] is None)
+        if one["left_out_nats"] is not None:
+            assert one["left_out_nats"] == pytest.approx(other["left_out_nats"], abs=1e-4)
 
 
 def test_what_is_no_expert_is_refused_in_one_line(
