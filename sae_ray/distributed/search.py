@@ -6,20 +6,17 @@ which are pickles: a search goes on from its records, and knows from them what w
 """
 
 import dataclasses
-import gc
 import logging
-import math
 import os
 import queue
 import tempfile
 import threading
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import ray
 import ray.tune
-import torch
 from ray.exceptions import RayError
 from ray.tune import (
     Callback,
@@ -27,7 +24,6 @@ from ray.tune import (
     FailureConfig,
     RunConfig,
     Stopper,
-    Trainable,
     TuneConfig,
     Tuner,
 )
@@ -35,14 +31,10 @@ from ray.tune.error import TuneError
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 from ray.tune.search import ConcurrencyLimiter, Searcher
 
-from sae_ray.adapters.attach import AdapterSpec
-from sae_ray.adapters.finetune import Material
-from sae_ray.adapters.recipe import Recipe
-from sae_ray.adapters.trial import Glance, Glimpse, Judged, run_trial
-from sae_ray.distributed.finetune import copied
+from sae_ray.adapters.trial import Glance, Glimpse, Judged
 from sae_ray.distributed.runtime import plan_workers
-from sae_ray.errors import ConfigError, SaeRayError, WorkError
-from sae_ray.memory import keep_large_blocks
+from sae_ray.distributed.trial import LOOK, LOSS, Plan, Training, Workshop
+from sae_ray.errors import ConfigError, WorkError
 
 _DRIVER_ENV = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
@@ -54,29 +46,6 @@ _DRIVER_ENV = {
 }
 _POLL_S = 0.2
 _REDUCTION = 2
-_LOSS, _LOOK = "loss", "look"
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """One training to be done."""
-
-    number: int
-    adapter: AdapterSpec | None
-    recipe: Recipe
-    data: str
-    """Which of the materials."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Workshop:
-    """What all trainings share."""
-
-    lm: str
-    materials: Mapping[str, Material]
-    max_divergence: float = math.inf
-    max_failures: int = 3
-    """Times that a training is begun anew after its worker died."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,70 +180,6 @@ class _Unheard(Stopper):
         return {}  # Tune writes it down
 
 
-class Training(Trainable):
-    """A trial as Tune's worker runs it: a look at a time."""
-
-    def setup(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, config: dict[str, Any], *, workshop: Workshop
-    ) -> None:
-        """Take the plan; the training begins when its first look is asked for."""
-        keep_large_blocks()
-        self._workshop = workshop
-        self._begin(config)
-
-    def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """Take another plan: a worker has torch and its libraries loaded."""
-        self.cleanup()
-        self._begin(new_config)
-        return True
-
-    def step(self) -> dict[str, Any]:
-        """Train to the next look."""
-        try:
-            glimpse = next(self._looks, None)
-        except SaeRayError as error:
-            return {_LOSS: math.inf, _LOOK: self._number, "failed": str(error), "done": True}
-        except (torch.OutOfMemoryError, MemoryError) as error:
-            said = str(error).strip().splitlines() or ["out of memory"]
-            return {_LOSS: math.inf, _LOOK: self._number, "failed": said[0], "done": True}
-        if glimpse is None:
-            return {_LOSS: self._least, _LOOK: self._number, "ended": True, "done": True}
-        glance = glimpse.glance
-        if glance.counts:
-            self._least = min(self._least, glance.loss)
-        self._number += glance.step > 0
-        result = {_LOSS: self._least, _LOOK: self._number, "glimpse": glimpse}
-        # Said with the last look: after it there is nothing to be ended early.
-        return result | ({"ended": True, "done": True} if glance.step == glance.total else {})
-
-    def cleanup(self) -> None:
-        """Stop the training where it is."""
-        if self._looks is not None:
-            self._looks.close()
-        self._looks = None
-        gc.collect()  # trainer and model hold each other
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        self._scratch.cleanup()
-
-    def _begin(self, config: dict[str, Any]) -> None:
-        plan: Plan = config["plan"]
-        self._scratch = tempfile.TemporaryDirectory(prefix="sae-ray-trial-")
-        self._least, self._number = math.inf, 0
-        adapter, scratch = plan.adapter, Path(self._scratch.name)
-        if adapter is not None and adapter.subspaces:
-            here = [copied(url, scratch / f"{i}") for i, url in enumerate(adapter.subspaces)]
-            adapter = adapter.model_copy(update={"subspaces": tuple(here)})
-        self._looks: Any = run_trial(
-            self._workshop.lm,
-            adapter,
-            plan.recipe,
-            self._workshop.materials[plan.data],
-            scratch / "training",
-            max_divergence=self._workshop.max_divergence,
-        )
-
-
 class _Unkept:
     """What Tune writes into its own files, which nobody reads, without what it holds."""
 
@@ -286,7 +191,7 @@ class _Next(_Unkept, Searcher):
     """Tune's way of asking what is next."""
 
     def __init__(self, asks: Asks, num: int) -> None:
-        super().__init__(metric=_LOSS, mode="min")
+        super().__init__(metric=LOSS, mode="min")
         self._asks, self._left = asks, num
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:  # pyright: ignore
@@ -363,8 +268,8 @@ def _tuner(
         ray.tune.with_parameters(Training, workshop=workshop), resources
     )
     asha = ASHAScheduler(
-        time_attr=_LOOK,
-        metric=_LOSS,
+        time_attr=LOOK,
+        metric=LOSS,
         mode="min",
         max_t=10**6,  # a training knows its own end
         grace_period=1,

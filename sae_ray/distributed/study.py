@@ -34,8 +34,9 @@ from sae_ray.artifacts import (
     write_atomically,
 )
 from sae_ray.distributed.runtime import cluster, require_shared
-from sae_ray.distributed.search import Ended, InOrder, Places, Plan, Under, Workshop, run_trials
+from sae_ray.distributed.search import Ended, InOrder, Places, Under, run_trials
 from sae_ray.distributed.trainings import Trainings
+from sae_ray.distributed.trial import Plan, Workshop
 from sae_ray.errors import ArtifactError, TrainingError
 from sae_ray.evaluate.study import finalists, measured, ranked, table_of
 from sae_ray.explain.search_page import SearchPage, render

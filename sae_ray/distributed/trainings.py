@@ -20,8 +20,8 @@ from sae_ray.adapters.space import Knob, Point, Space
 from sae_ray.chat import ChatTokenizer
 from sae_ray.curate.scorer import ScorerConfig, check_pair
 from sae_ray.curate.sources import EMBEDDED, fingerprint, locate_model, locate_source
-from sae_ray.distributed.search import Plan
 from sae_ray.distributed.spans import keep_subspace, subspaces_of
+from sae_ray.distributed.trial import Plan
 from sae_ray.errors import ConfigError, PoolError, SaeRayError
 from sae_ray.lm import HookPoint, load_config, require_layer
 

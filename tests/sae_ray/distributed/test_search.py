@@ -1,5 +1,6 @@
 """Trainings side by side on Ray Tune: all told of, ended early where behind, none lost."""
 
+import contextlib
 import os
 import signal
 import time
@@ -14,7 +15,8 @@ from sae_ray.adapters.examples import read_examples, split
 from sae_ray.adapters.finetune import Material
 from sae_ray.adapters.recipe import Recipe
 from sae_ray.chat import ChatTokenizer
-from sae_ray.distributed.search import Ended, InOrder, Places, Plan, Under, Workshop, run_trials
+from sae_ray.distributed.search import Ended, InOrder, Places, Under, run_trials
+from sae_ray.distributed.trial import Plan, Workshop
 from sae_ray.errors import ConfigError
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -84,12 +86,13 @@ def test_a_training_that_is_behind_is_ended_at_a_look(
 
 
 def busy_workers() -> list[psutil.Process]:
-    """Return the trials' processes, which have this name while they train."""
-    return [
-        process
-        for process in psutil.process_iter(["cmdline"])
-        if "ray::ResourceTrainable" in " ".join(process.info["cmdline"] or [])
-    ]
+    """Return the trials' processes of this test's own Ray, which are named so while they train."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if "ray::ResourceTrainable" in " ".join(process.cmdline()):
+                found.append(process)
+    return found
 
 
 def test_a_worker_that_is_killed_is_begun_anew_and_nothing_is_told_twice(
