@@ -41,6 +41,14 @@ def ends(told: list[Ended | Under]) -> dict[int, Ended]:
     return {one.plan.number: one for one in told if isinstance(one, Ended)}
 
 
+def require_back(free: float) -> None:
+    """Wait until all cores are free again: Ray gives back an actor's when it has seen it die."""
+    deadline = time.monotonic() + 60
+    while ray.available_resources().get("CPU") != free and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert ray.available_resources()["CPU"] == free
+
+
 def test_every_training_is_told_of_one_that_fails_too_and_all_cores_come_back(
     ray_cluster: None, workshop: Workshop
 ) -> None:
@@ -61,7 +69,7 @@ def test_every_training_is_told_of_one_that_fails_too_and_all_cores_come_back(
     losses = [[one.loss for one in ended[number].glances] for number in (0, 2)]
     assert losses[0] == losses[1]
     assert sum(isinstance(one, Under) for one in told) >= 6
-    assert ray.available_resources()["CPU"] == free
+    require_back(free)
 
 
 def test_a_training_that_is_behind_is_ended_at_a_look(
@@ -122,10 +130,7 @@ def test_trainings_that_nobody_listens_to_are_ended_and_cores_come_back(
     told = run_trials(asks, 3, workshop, Places(2, 1, 0.0), prune=False)
     assert isinstance(next(told), Under)
     told.close()
-    deadline = time.monotonic() + 60
-    while ray.available_resources().get("CPU") != free and time.monotonic() < deadline:
-        time.sleep(0.2)  # Ray gives back what a killed actor had when it has seen it die
-    assert ray.available_resources()["CPU"] == free
+    require_back(free)
     assert not busy_workers()
 
 
