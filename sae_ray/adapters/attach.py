@@ -143,7 +143,7 @@ def _fit(config: PeftConfig, base: PreTrainedModel, spec: AdapterSpec) -> None:
 
 def require_matrices(
     base: PreTrainedModel, targets: Sequence[str] | None, layers: Sequence[int] | None
-) -> dict[str, nn.Module]:
+) -> dict[str, nn.Linear | Conv1D]:
     """Return the matrices that lora may change, by name: all linear ones but the head.
 
     Raises:

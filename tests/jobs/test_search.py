@@ -9,7 +9,6 @@ import sys
 import time
 from pathlib import Path
 
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import yaml
@@ -91,7 +90,7 @@ def test_the_best_settings_are_a_config_that_trains_as_it_is(
 ) -> None:
     out, pool = tmp_path / "study", tmp_path / "order.parquet"
     table = pq.read_table(tiny.pool_path())
-    pq.write_table(table.filter(pc.equal(table["domain"], "order")), pool)
+    pq.write_table(table.filter([one == "order" for one in table["domain"].to_pylist()]), pool)
     few = ["--space={adapter: [subspace, steering], learning_rate: [0.001, 0.01]}"]
     few += ["--num_trials=4", "--no-prune", "--span_rows=60", f"--data={pool}"]
     assert run(SMOKE, *few, f"--out={out}") == 0

@@ -19,8 +19,8 @@ LORA = AdapterSpec(kind="lora", r=4)
 
 
 def recipe(**changes: Any) -> Recipe:
-    few = {"max_steps": 4, "batch_rows": 4, "micro_rows": 4, "evaluate_every": 2}
-    return Recipe(**({"learning_rate": 1e-2} | few | changes))
+    few: dict[str, Any] = {"max_steps": 4, "batch_rows": 4, "micro_rows": 4, "evaluate_every": 2}
+    return Recipe(**{"learning_rate": 1e-2, **few, **changes})
 
 
 @pytest.fixture
