@@ -211,8 +211,8 @@ class Explaining:
             return dict(zip(points, (locate_source("sae", sae) for sae in saes), strict=True))
         if (given is None and self.card.base != EMBEDDED) or (given and len(given) != 1):
             raise ConfigError(
-                f"an adapter of kind {self.card.adapter} sits on no SAE: say with --sae through "
-                "which SAE of its base to look, one"
+                f"{self._root}, of kind {self.card.adapter}, sits on no SAE: say with --sae "
+                "through which SAE of its base to look, one"
             )
         sae = locate_source("sae", given[0] if given else EMBEDDED)
         return {str(check_pair(ScorerConfig(self.lm, sae)).hook_point): sae}

@@ -164,7 +164,7 @@ def test_an_expert_agrees_with_itself_and_is_compared_with_its_like_alone(
     expert, out = made("steering"), tmp_path / "why"
     for other, why in {
         made("steering", "mistral"): "has another base",
-        made("lora"): "has another kind of adapter",
+        made("lora"): "of kind lora, sits on no SAE",
         made("steering", seed=1): "that are to be compared on",
     }.items():
         capsys.readouterr()
