@@ -27,7 +27,9 @@ def add_expert(
 ) -> Expert:
     """Make an adapter with random weights of this size, and put it into use."""
     base = AutoModelForCausalLM.from_pretrained(locate_source("lm", lm), dtype=torch.float32)
-    adapted = attach(base, spec)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1 + seed)  # the same weights whatever was drawn before
+        adapted = attach(base, spec)
     generator = torch.Generator().manual_seed(seed)
     trained = [p for p in adapted.parameters() if p.requires_grad]
     with torch.no_grad():
