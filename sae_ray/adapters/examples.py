@@ -30,6 +30,11 @@ class Example:
     ids: Int32[np.ndarray, " tokens"]
     learnt: Bool[np.ndarray, " tokens"]
 
+    @property
+    def content(self) -> bytes:
+        """Return what it says: the same for a row that is there again by another id."""
+        return self.ids.tobytes()
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class PairExample:
@@ -38,6 +43,11 @@ class PairExample:
     id: str
     chosen: Example
     rejected: Example
+
+    @property
+    def content(self) -> bytes:
+        """Return what it says: the same for a pair that is there again by another id."""
+        return b"|".join((self.chosen.content, self.rejected.content))
 
 
 AnyExample = TypeVar("AnyExample", Example, PairExample)

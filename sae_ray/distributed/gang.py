@@ -96,7 +96,7 @@ def run_gang(loop: Loop, config: Mapping[str, Any], gang: Gang) -> Generator[Any
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     mailbox = RayQueue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
     ended: Queue[Any] = Queue()
-    with _environment():
+    with environment(_DRIVER_ENV):
         trainer = _trainer(partial(_work, loop, mailbox), dict(config), gang)
         thread = threading.Thread(target=_fit, args=(trainer, ended), daemon=True)
         thread.start()
@@ -225,9 +225,9 @@ def _worker_env(workers: Workers) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _environment() -> Iterator[None]:
-    """Set what Ray Train reads from the driver's environment, where the user did not."""
-    added = {name: value for name, value in _DRIVER_ENV.items() if name not in os.environ}
+def environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Set what Ray reads from the driver's environment, where the user did not."""
+    added = {name: value for name, value in values.items() if name not in os.environ}
     os.environ.update(added)
     try:
         yield

@@ -7,7 +7,6 @@ which are pickles: a search goes on from its records, and knows from them what w
 
 import dataclasses
 import logging
-import os
 import queue
 import tempfile
 import threading
@@ -32,6 +31,7 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 from ray.tune.search import ConcurrencyLimiter, Searcher
 
 from sae_ray.adapters.trial import Glance, Glimpse, Judged
+from sae_ray.distributed.gang import environment
 from sae_ray.distributed.runtime import plan_workers
 from sae_ray.distributed.trial import LOOK, LOSS, Plan, Training, Workshop
 from sae_ray.errors import ConfigError, WorkError
@@ -44,7 +44,6 @@ _DRIVER_ENV = {
     # Tune writes down its state for restoring it, which we never do.
     "TUNE_GLOBAL_CHECKPOINT_S": "100000",
 }
-_POLL_S = 0.2
 _REDUCTION = 2
 
 
@@ -138,7 +137,7 @@ def run_trials(
         num: trainings at most.
         workshop: what they share; it goes to every machine once.
         places: how many at a time.
-        prune: end those early that others of their age are clearly ahead of.
+        prune: end those early that are behind the better half of those as far on (ASHA).
 
     Raises:
         WorkError: the cluster failed.
@@ -147,7 +146,10 @@ def run_trials(
         return
     happened: queue.Queue[Ended | Under | BaseException | None] = queue.Queue()
     unheard = _Unheard()
-    with tempfile.TemporaryDirectory(prefix="sae-ray-tune-") as folder, _environment():
+    with tempfile.TemporaryDirectory(prefix="sae-ray-tune-") as folder, environment(_DRIVER_ENV):
+        logging.getLogger("ray.tune").setLevel(
+            logging.CRITICAL
+        )  # what fails is told with its reason
         tuner = _tuner(asks, num, workshop, places, prune, folder, happened.put, unheard)
         thread = threading.Thread(target=_fit, args=(tuner, happened.put), daemon=True)
         thread.start()
@@ -161,7 +163,14 @@ def run_trials(
             thread.join()
 
 
-class _Unheard(Stopper):
+class _Unkept:
+    """What Tune writes into its own files, which nobody reads, without what it holds."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+
+class _Unheard(_Unkept, Stopper):
     """Ends all trainings at their next look, when nobody listens any more."""
 
     def __init__(self) -> None:
@@ -175,16 +184,6 @@ class _Unheard(Stopper):
 
     def stop_all(self) -> bool:
         return self._event.is_set()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {}  # Tune writes it down
-
-
-class _Unkept:
-    """What Tune writes into its own files, which nobody reads, without what it holds."""
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {}
 
 
 class _Next(_Unkept, Searcher):
@@ -305,16 +304,3 @@ def _fit(tuner: Tuner, tell: Callable[[Any], None]) -> None:
     except BaseException as error:  # noqa: BLE001 - handed to whoever iterates
         tell(error)
     tell(None)
-
-
-class _environment:
-    """What Tune reads from the driver's environment, where the user did not set it."""
-
-    def __enter__(self) -> None:
-        self._added = [name for name in _DRIVER_ENV if name not in os.environ]
-        os.environ.update({name: _DRIVER_ENV[name] for name in self._added})
-        logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
-
-    def __exit__(self, *_raised: object) -> None:
-        for name in self._added:
-            os.environ.pop(name, None)

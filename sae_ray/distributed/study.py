@@ -217,16 +217,13 @@ class StudyMaker:
         write_atomically(f"{self.path}/best.yaml", _yaml(page.best, page.summary))
         write_atomically(f"{self.path}/report.html", render(page).encode("utf-8", "replace"))
         ended = Counter(one.status for one in records)
-        warnings = (
-            [f"{num} trials failed: report.html says why"] if (num := ended["failed"]) else []
-        )
         extra: dict[str, Any] = {
             "summary": page.summary,
             "num_trials": len(records),
             "num_pruned": ended["pruned"],
             "num_failed": ended["failed"],
         }
-        finish(self.path, extra, warnings)
+        finish(self.path, extra, self._warnings(records))
 
     def _warnings(self, records: list[TrialRecord]) -> list[str]:
         found = []

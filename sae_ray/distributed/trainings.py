@@ -16,7 +16,7 @@ from sae_ray.adapters.finetune import Material
 from sae_ray.adapters.material import read_learnt, rows_path
 from sae_ray.adapters.search_settings import SearchSettings
 from sae_ray.adapters.settings import FinetuneSettings
-from sae_ray.adapters.space import Knob, Point, Space
+from sae_ray.adapters.space import Point, Space
 from sae_ray.chat import ChatTokenizer
 from sae_ray.curate.scorer import ScorerConfig, check_pair
 from sae_ray.curate.sources import EMBEDDED, fingerprint, locate_model, locate_source
@@ -127,14 +127,14 @@ class Trainings:
 
     def parents(self) -> dict[str, str]:
         """Return the fingerprint of everything that trials are made of, by its role."""
-        settings, knobs = self.settings, self.space.knobs
-        found = {"lm": fingerprint("lm", self.lm)}
-        for data in (settings.data, *_choices(knobs.get("data"))):
-            path = rows_path(data and str(data), settings.objective)
+        settings, found = self.settings, {"lm": fingerprint("lm", self.lm)}
+        sources = self._sources()
+        for data in {settings.data, *(one.data for one in sources)}:
+            path = rows_path(data, settings.objective)
             found[f"data {data or EMBEDDED}"] = fingerprint("pool", path)
-        for sae in (*(settings.sae or ()), *_choices(knobs.get("sae"))):
-            for one in sae if isinstance(sae, list) else [sae]:
-                found[f"sae {one}"] = fingerprint("sae", str(one))
+        named = [one.sae or [EMBEDDED] for one in sources if one.needs_sae]
+        for sae in {sae for saes in named for sae in saes}:
+            found[f"sae {sae}"] = fingerprint("sae", sae)
         for role in ("general", "retain", "positive", "reference", "control"):
             if (name := getattr(settings, role)) is not None:
                 found[role] = fingerprint("pool", name)
@@ -215,9 +215,4 @@ class Trainings:
 
 def _marks(row: Example | PairExample) -> tuple[str, bytes]:
     """Return what tells a row from others, in a pool that names it otherwise too."""
-    tokens = row.chosen.ids if isinstance(row, PairExample) else row.ids
-    return row.id, tokens.tobytes()
-
-
-def _choices(knob: Knob | None) -> list:
-    return knob if isinstance(knob, list) else []
+    return row.id, row.content

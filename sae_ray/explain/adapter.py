@@ -17,7 +17,7 @@ import io
 import json
 import tempfile
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import pyarrow as pa
@@ -182,12 +182,11 @@ class Explaining:
             tuned = every[0].tuned
             model = tuned.load()
             begin(self.path, KIND, asked, parents)
-            with ExitStack() as stack:
-                spread = stack.enter_context(self._workers(tuned))
-                if sum(one.numel() for one in model.parameters()) < _SMALL:
-                    stack.enter_context(one_thread())
-                page = yield from self._explained(model, tuned.pad, spread, learnt, labels)
-                if self.others:
+            is_small = sum(one.numel() for one in model.parameters()) < _SMALL
+            with one_thread() if is_small else nullcontext():
+                with self._workers(tuned) as spread:
+                    page = yield from self._explained(model, tuned.pad, spread, learnt, labels)
+                if self.others:  # by workers of their own, when those are gone
                     rows, num_top = common[: self.settings.num_rows], self.settings.num_top
                     agreements = yield from agreed(every, rows, num_top, self._workers)
                     page = dataclasses.replace(page, agreements=agreements)

@@ -115,8 +115,8 @@ def unseen_by(experts: Sequence[Contender], rows: Rows) -> Rows:
     """
     left = list(rows)
     for one in experts:
-        known = {_content(row) for row in one.trained}
-        before, left = len(left), [row for row in left if _content(row) not in known]
+        known = {row.content for row in one.trained}
+        before, left = len(left), [row for row in left if row.content not in known]
         if len(left) < _MIN_ROWS:
             raise ConfigError(
                 f"{one.path} was trained on {before - len(left)} of the {before} rows that are to "
@@ -152,8 +152,3 @@ def agreed(
         Agreement.of((names[a], names[b]), (found[a], found[b]), num_top)
         for a, b in itertools.combinations(range(len(experts)), 2)
     ]
-
-
-def _content(row: Example | PairExample) -> bytes:
-    both = (row.chosen, row.rejected) if isinstance(row, PairExample) else (row,)
-    return b"|".join(one.ids.tobytes() for one in both)

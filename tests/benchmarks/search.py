@@ -90,17 +90,12 @@ def records_of(study: Path) -> list[TrialRecord]:
 
 
 def best_of(study: Path) -> list[TrialRecord]:
-    """Return the runs of the best settings that were searched, one a seed."""
+    """Return the runs of the best settings that were searched, one a seed of the finals."""
     groups: dict[str, list[TrialRecord]] = {}
     for one in finished(records_of(study)):
-        if one.role != "reference":
+        if one.role == "finalist":
             groups.setdefault(str(sorted(one.point.items())), []).append(one)
-    most = max(map(len, groups.values()))
-
-    def loss(runs: list[TrialRecord]) -> float:
-        return sum(one.loss or 0.0 for one in runs) / len(runs)
-
-    return min((runs for runs in groups.values() if len(runs) == most), key=loss)
+    return min(groups.values(), key=lambda runs: sum(one.loss or 0.0 for one in runs) / len(runs))
 
 
 def steps_of(records: list[TrialRecord]) -> int:

@@ -189,10 +189,12 @@ def test_an_expert_agrees_with_itself_and_is_compared_with_its_like_alone(
 def test_workers_give_the_explanation_of_one_process(
     ray_cluster: None, made: Callable[..., Path], tmp_path: Path
 ) -> None:
-    told = []
-    for num in (0, 2):
+    told, expert = [], made("steering")
+    for num in (0, 3):
         out = tmp_path / str(num)
-        line = [f"--expert={made('steering')}", f"--num_workers={num}", f"--out={out}"]
+        line = [f"--expert={expert}", f"--num_workers={num}", f"--out={out}"]
+        # There is no room for both at once: the second expert's workers come when the first's go.
+        line += [f"--others={expert}"] * (num > 0)
         assert run(*line, "--num_top=1", "--num_drawn=1", "--num_answers=0") == 0
         told.append(pq.read_table(out / "latents.parquet").to_pylist())
     for one, other in zip(*told, strict=True):

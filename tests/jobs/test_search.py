@@ -112,11 +112,13 @@ def test_preferences_are_searched_at_like_distances_from_the_base(
     ray_cluster: None, tmp_path: Path
 ) -> None:
     out = tmp_path / "study"
-    few = ["--objective=dpo", "--space={adapter: [lora, scale]}", "--num_trials=2", "--no-prune"]
+    few = ["--objective=dpo", "--space={adapter: [lora, scale]}", "--num_trials=3", "--no-prune"]
     assert run(SMOKE, *few, "--max_divergence=0.5", f"--out={out}") == 0
     rows = pq.read_table(out / "trials.parquet").to_pylist()
     assert all(0 <= row["divergence"] <= 0.5 for row in rows if row["loss"] is not None)
     assert any(row["loss"] is not None for row in rows)
+    (warning,) = open_artifact(str(out), KIND).warnings
+    assert warning.startswith("2 trials of the 3 asked for")
     assert "pairs ranked right" in str(open_artifact(str(out), KIND).extra["summary"])
 
 

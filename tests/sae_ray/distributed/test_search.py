@@ -138,6 +138,10 @@ def test_no_training_at_all_starts_nothing(workshop: Workshop) -> None:
     assert list(run_trials(InOrder([]), 0, workshop, Places(1, 1, 0.0), prune=True)) == []
 
 
+def test_a_space_that_holds_no_more_ends_the_search(ray_cluster: None, workshop: Workshop) -> None:
+    assert list(run_trials(InOrder([]), 2, workshop, Places(1, 1, 0.0), prune=True)) == []
+
+
 def test_gpus_that_are_not_there_are_refused(ray_cluster: None) -> None:
     with pytest.raises(ConfigError, match="the cluster has no GPU"):
         Places.plan(None, 0.5)

@@ -157,5 +157,6 @@ def test_parents_are_all_that_trials_are_made_of(
     data = trainings.settings.data
     assert set(parents) == {"lm", f"data {data}", f"data {other}", f"sae {sae}"}
     assert parents[f"data {data}"] != parents[f"data {other}"]
+    assert "sae embedded" in Trainings(SearchSettings(space={"adapter": ["scale"]})).parents()
     save_tiny_sae(tmp_path / "sae", seed=7)
     assert trainings.parents()[f"sae {sae}"] != parents[f"sae {sae}"]

@@ -1,6 +1,6 @@
 """The page of a study: what it says is what the records hold, and it says so where it is unsure."""
 
-from collections.abc import Sequence
+import dataclasses
 from typing import Any
 
 import pytest
@@ -8,6 +8,7 @@ import pytest
 from sae_ray.adapters.settings import FinetuneSettings
 from sae_ray.adapters.space import Point, Space
 from sae_ray.adapters.trial import Glance, Judged, Role, Status, TrialRecord
+from sae_ray.evaluate.study import Finalist
 from sae_ray.experts.card import Measure
 from sae_ray.explain.search_page import SearchPage, render
 
@@ -47,13 +48,10 @@ def measure(gain: float, low: float, high: float) -> Measure:
     )
 
 
-class Final:
-    """Settings with their runs, as a study compares them."""
-
-    def __init__(self, seeds: Sequence[TrialRecord], gain: Measure, over: Measure | None) -> None:
-        self.seeds, self.trial = list(seeds), seeds[0]
-        self.chooses, self.gain, self.over_default = 1.0, gain, over
-        self.num_failed = 0
+def final(
+    seeds: list[TrialRecord], gain: Measure, over: Measure | None, num_failed: int = 0
+) -> Finalist:
+    return Finalist(seeds, num_failed, 1.0, gain, over)
 
 
 def page(over: Measure | None = None, gain: Measure | None = None, **changes: Any) -> SearchPage:
@@ -70,12 +68,12 @@ def page(over: Measure | None = None, gain: Measure | None = None, **changes: An
     ]  # fmt: skip
     gains = {one.number: [measure(2 - (one.loss or 0), 0.1, 0.9)] for one in records}
     gains[3] = []
-    best = Final([records[0], records[5]], gain or measure(1.0, 0.8, 1.2), over)
+    best = final([records[0], records[5]], gain or measure(1.0, 0.8, 1.2), over)
     values: dict[str, Any] = {
         "knobs": SPACE.knobs,
         "records": records,
         "gains": gains,
-        "finalists": [best, Final([records[4]], measure(0.6, 0.5, 0.7), None)],
+        "finalists": [best, final([records[4]], measure(0.6, 0.5, 0.7), None)],
         "best": {"adapter": "lora"},
         "settings": {"seed": 0},
         "objective": "sft",
@@ -112,12 +110,12 @@ def test_where_the_search_has_not_paid_the_page_says_so(
 def test_a_default_that_failed_is_told_from_a_default_that_is_best() -> None:
     assert "the default LoRA did not come to its end" in page(None).summary
     assert "none to compare with" in render(page(None))
-    best = Final([record(4, {}, 1.4, role="reference")], measure(0.6, 0.5, 0.7), None)
+    best = final([record(4, {}, 1.4, role="reference")], measure(0.6, 0.5, 0.7), None)
     found = page(finalists=[best])
     assert "nothing that was tried comes before it" in found.summary
     assert found.doubt is None
-    best.num_failed = 1
-    assert "1 of its runs failed" in (page(finalists=[best]).doubt or "")
+    failed = dataclasses.replace(best, num_failed=1)
+    assert "1 of its runs failed" in (page(finalists=[failed]).doubt or "")
 
 
 def test_a_cell_holds_the_best_of_its_place_with_its_interval() -> None:
